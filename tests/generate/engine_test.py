@@ -1,0 +1,182 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from tpu_lm.errors import UserError
+from tpu_lm.generate import engine
+from tpu_lm.generate.sampler import Sampler
+from tpu_lm.models import transformer
+
+SHAPES = {
+  'plain': {},
+  'grouped': {'num_kv_heads': 1, 'qk_norm': True, 'tied': False},
+  'windows': {'window': 5, 'window_pattern': (1, 0), 'num_kv_heads': 2},
+  'all sliding': {'window': 3},
+  'soft caps': {'logit_soft_cap': 5.0, 'attention_soft_cap': 8.0},
+}
+GREEDY = Sampler(temperature=0)
+
+
+@functools.cache
+def make(shape='plain', vocab_size=37):
+  config = transformer.Config(
+    vocab_size=vocab_size,
+    num_layers=2,
+    dim=32,
+    num_heads=4,
+    hidden_dim=48,
+    init_std=0.3,
+    zero_init_output=False,
+    **SHAPES[shape],
+  )
+  model = transformer.Transformer(config)
+  return model, jax.jit(model.init_params)(jax.random.key(0))
+
+
+def prompts(*lengths, seed=0):
+  draw = np.random.default_rng(seed)
+  return [draw.integers(0, 37, size=n).tolist() for n in lengths]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens_BL):
+  hidden_BLD = model.apply({'params': params}, tokens_BL)
+  logits_BLV = transformer.logits(model.config, params, hidden_BLD)
+  return jax.nn.log_softmax(logits_BLV)
+
+
+def full_logps(model, params, tokens):
+  """Log-probabilities [L, V] of one row by the plain forward pass."""
+  # What stands after a token does not reach it: one shape, one program.
+  padded = np.zeros((1, 48), np.int32)
+  padded[0, : len(tokens)] = tokens
+  return np.asarray(forward(model, params, padded))[0, : len(tokens)]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_decoding_agrees_with_the_full_pass(shape):
+  model, params = make(shape)
+  asked = prompts(1, 7, 19, 3, 12)
+  found = engine.generate(model, params, asked, 14)
+  for prompt, completion in zip(asked, found, strict=True):
+    assert len(completion.tokens) == len(completion.logps) == 14
+    assert not completion.finished
+    whole = full_logps(model, params, prompt + completion.tokens)
+    expected = [
+      whole[len(prompt) - 1 + i, token]
+      for i, token in enumerate(completion.tokens)
+    ]
+    np.testing.assert_allclose(completion.logps, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', ['plain', 'windows'])
+def test_greedy_takes_the_likeliest_token(shape):
+  model, params = make(shape)
+  asked = prompts(5, 18)
+  for prompt, completion in zip(
+    asked, engine.generate(model, params, asked, 10, GREEDY), strict=True
+  ):
+    for token in completion.tokens:
+      assert token == full_logps(model, params, prompt)[-1].argmax()
+      prompt = [*prompt, token]
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours():
+  model, params = make()
+  asked = prompts(4, 30, 9)
+  together = engine.generate(model, params, asked, 12, seed=3)
+  for i, prompt in enumerate(asked):
+    (alone,) = engine.generate(
+      model, params, [prompt], 12, seed=3, sequence_ids=[i]
+    )
+    assert alone.tokens == together[i].tokens
+    np.testing.assert_allclose(alone.logps, together[i].logps, atol=1e-5)
+
+
+def test_seeds_and_sequence_ids_tell_samples_apart():
+  model, params = make()
+  (prompt,) = prompts(6)
+  group = engine.generate(model, params, [prompt] * 4, 12, seed=1)
+  again = engine.generate(model, params, [prompt] * 4, 12, seed=1)
+  other = engine.generate(model, params, [prompt] * 4, 12, seed=2)
+  assert group == again
+  assert len({tuple(c.tokens) for c in group + other}) == 8
+
+
+def test_samples_follow_the_model():
+  model, params = make()
+  (prompt,) = prompts(6)
+  sampler = Sampler(temperature=0.7)
+  found = engine.generate(model, params, [prompt] * 2048, 1, sampler)
+  counts = np.bincount([c.tokens[0] for c in found], minlength=37)
+  p = np.exp(full_logps(model, params, prompt)[-1] / 0.7)
+  mean = 2048 * p / p.sum()
+  assert (np.abs(counts - mean) <= 5 * np.sqrt(mean) + 1).all()
+
+
+def test_a_sequence_ends_with_its_stop_token():
+  model, params = make()
+  asked = prompts(4, 11, 6)
+  free = engine.generate(model, params, asked, 20, seed=5)
+  stops = [free[0].tokens[3], free[1].tokens[9]]
+  found = engine.generate(model, params, asked, 20, stop_ids=stops, seed=5)
+  for whole, cut in zip(free, found, strict=True):
+    ends = [i for i, token in enumerate(whole.tokens) if token in stops]
+    count = ends[0] + 1 if ends else 20
+    assert cut.tokens == whole.tokens[:count]
+    assert cut.finished == bool(ends)
+  assert len(found[0].tokens) <= 4
+
+
+def test_decoding_ends_when_all_are_done():
+  model, params = make()
+  asked = prompts(4, 8)
+  state = engine.start(model, params, asked, 500, Sampler(), range(37), seed=0)
+  state = engine.advance(model, params, state, 500, Sampler())
+  assert int(state.step) == 1
+
+
+def test_advancing_by_parts_gives_the_same_tokens():
+  model, params = make('windows')
+  asked = prompts(4, 8, 2)
+  state = engine.start(model, params, asked, 17, Sampler(), seed=9)
+  for limit in (3, 4, 12, 17):
+    state = engine.advance(model, params, state, limit, Sampler())
+  whole = engine.generate(model, params, asked, 17, seed=9)
+  assert engine.completions(state, 3) == whole
+
+
+def test_few_programs_are_compiled():
+  model, params = make('soft caps', vocab_size=38)
+  before = engine._prefill._cache_size(), engine._decode._cache_size()
+  for lengths, new in (((3, 9), 5), ((16, 2), 16), ((7, 11), 9)):
+    engine.generate(model, params, prompts(*lengths), new, GREEDY, [1, 2])
+  assert engine._decode._cache_size() <= before[1] + 2
+  assert engine._prefill._cache_size() <= before[0] + 2
+
+
+def test_a_sharded_model_generates_the_same():
+  if jax.device_count() < 2:
+    pytest.skip('one device')
+  model, params = make('grouped')
+  asked = prompts(5, 9)
+  expected = engine.generate(model, params, asked, 8, GREEDY)
+  mesh = jax.make_mesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  found = engine.generate(
+    model, jax.device_put(params, place), asked, 8, GREEDY
+  )
+  assert [c.tokens for c in found] == [c.tokens for c in expected]
+
+
+def test_users_mistakes_are_named():
+  model, params = make()
+  with pytest.raises(UserError, match='max_new_tokens=0'):
+    engine.generate(model, params, [[1]], 0)
+  with pytest.raises(UserError, match='prompt: empty'):
+    engine.generate(model, params, [[1], []], 3)
+  with pytest.raises(UserError, match='top_k=40'):
+    engine.generate(model, params, [[1]], 3, Sampler(top_k=40))
+  assert engine.generate(model, params, [], 3) == []

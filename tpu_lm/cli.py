@@ -1,0 +1,263 @@
+"""The commands: `tpu_lm COMMAND --config=FILE[:VARIANT] --workdir=DIR …`.
+
+A mistake of the user's ends with exit status 2 and one line on stderr.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from tpu_lm import __version__
+from tpu_lm.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse that raises instead of printing its usage and exiting."""
+
+  def error(self, message: str):
+    raise UserError(f'{self.prog}: {message}; see `{self.prog} --help`')
+
+
+def train(args: argparse.Namespace, overrides: list) -> int:
+  """Trains to the last step, or goes on where the directory stopped."""
+  from tpu_lm import devices
+
+  devices.set_up(args.devices)
+  devices.connect(args.coordinator, args.processes, args.process)
+  config = _config(args, overrides)
+  from tpu_lm import run
+
+  run.execute(config, args.workdir)
+  return 0
+
+
+def prepare(args: argparse.Namespace, overrides: list) -> int:
+  """Reads, tokenises and packs the data of a configuration."""
+  config = _config(args, overrides)
+  if not (args.workdir or config.data.dir):
+    raise UserError('prepare: give --workdir=DIR or --config.data.dir=DIR')
+  from tpu_lm import run
+  from tpu_lm.data import prepare as preparing
+
+  preparing.prepare(config, run.data_dir(config, args.workdir))
+  return 0
+
+
+def generate(args: argparse.Namespace, overrides: list) -> int:
+  """Streams a continuation of a prompt."""
+  _no_overrides(overrides)
+  from tpu_lm import devices, run
+  from tpu_lm.generate import sampler, stream
+
+  devices.set_up()
+  chosen = sampler.Sampler(args.temperature, args.top_k, args.top_p)
+  loaded = run.load(args.workdir)
+  pieces = stream.stream(
+    loaded.model,
+    loaded.params,
+    loaded.tokenizer,
+    args.prompt,
+    max_new_tokens=args.max_new_tokens,
+    sampler=chosen,
+    seed=args.seed,
+    stop=args.stop,
+  )
+  stream.show(args.prompt, pieces, sys.stdout)
+  return 0
+
+
+def evaluate(args: argparse.Namespace, overrides: list) -> int:
+  """Prints held-out loss, perplexity and bits per byte."""
+  _no_overrides(overrides)
+  from tpu_lm import devices, run
+  from tpu_lm.evals import bits_per_byte
+
+  devices.set_up()
+  loaded = run.load(args.workdir)
+  scores = bits_per_byte.score(loaded, args.workdir, args.source)
+  print(f'{args.source or "held-out split"}, step {loaded.step:,}')
+  for name, value in scores.items():
+    text = f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'
+    print(f'  {name:<14} {text:>14}')
+  return 0
+
+
+def check(args: argparse.Namespace, overrides: list) -> int:
+  """Shows rows of a batch, and proves invariances of loss and gradient."""
+  from tpu_lm import devices
+
+  devices.set_up(args.devices or 8)
+  config = _config(args, overrides)
+  from tpu_lm import check as checking
+
+  return 0 if checking.check(config, args.workdir, args.rows) else 1
+
+
+def drill(args: argparse.Namespace, overrides: list) -> int:
+  """Kills and resumes a run, and proves that the end is bit-identical."""
+  config = _config(args, overrides)  # its mistakes are named before the wait
+  del config
+  from tpu_lm import drill as drills
+
+  given = [f'--config={args.config}']
+  given += [f'--config.{key}={value}' for key, value in overrides]
+  return 0 if drills.drill(given, args.kills, args.workdir) else 1
+
+
+def doctor(args: argparse.Namespace, overrides: list) -> int:
+  """Tells what JAX sees, what is missing, and the exact mend."""
+  del args
+  _no_overrides(overrides)
+  from tpu_lm import doctor as doctors
+
+  return doctors.report()
+
+
+def quickstart(args: argparse.Namespace, overrides: list) -> int:
+  """Takes a tiny model through its whole life on this machine."""
+  from tpu_lm import quickstart as quickstarts
+
+  quickstarts.run(args.workdir, overrides)
+  return 0
+
+
+def _config(args: argparse.Namespace, overrides: list):
+  from tpu_lm import config
+
+  return config.load(args.config, overrides)
+
+
+def _no_overrides(overrides: list) -> None:
+  if overrides:
+    raise UserError(
+      f'--config.{overrides[0][0]}: this command reads the configuration of '
+      'the working directory; leave it out'
+    )
+
+
+def _number(kind: Callable, low: float) -> Callable:
+  def parse(text: str):
+    value = kind(text)
+    if value < low:
+      raise argparse.ArgumentTypeError(f'{text}: must be at least {low}')
+    return value
+
+  return parse
+
+
+def make_parser() -> Parser:
+  """Declares every command with its options."""
+  parser = Parser(
+    prog='tpu_lm', description='Trains language models end to end in JAX.'
+  )
+  parser.add_argument('--version', action='version', version=__version__)
+  commands = parser.add_subparsers(dest='command', required=True)
+
+  def command(function: Callable, name: str, *, config=False, workdir=True):
+    one = commands.add_parser(
+      name, help=function.__doc__, description=function.__doc__
+    )
+    one.set_defaults(function=function)
+    if config:
+      one.add_argument(
+        '--config',
+        required=True,
+        metavar='FILE[:VARIANT]',
+        help='a file of configs/; --config.KEY=VALUE changes a key of it',
+      )
+    if workdir:
+      one.add_argument('--workdir', type=pathlib.Path, required=True)
+    return one
+
+  one = command(train, 'train', config=True)
+  one.add_argument('--devices', type=_number(int, 1), default=0,
+                   help='simulate so many devices on the CPU')  # fmt: skip
+  one.add_argument('--coordinator', default='',
+                   help='HOST:PORT of process 0, or auto on Cloud TPU')  # fmt: skip
+  one.add_argument('--processes', type=_number(int, 1), default=1)
+  one.add_argument('--process', type=_number(int, 0), default=0)
+
+  one = command(prepare, 'prepare', config=True, workdir=False)
+  one.add_argument('--workdir', type=pathlib.Path, default=None)
+
+  one = command(generate, 'generate')
+  one.add_argument('--prompt', default='')
+  one.add_argument('--max_new_tokens', type=_number(int, 1), default=None,
+                   help='default: up to the trained length')  # fmt: skip
+  one.add_argument('--temperature', type=float, default=0.8)
+  one.add_argument('--top_k', type=int, default=0, help='0: no limit')
+  one.add_argument('--top_p', type=float, default=1.0)
+  one.add_argument('--seed', type=int, default=0)
+  one.add_argument('--stop', action='append', default=[], metavar='TEXT',
+                   help='end before this text; may be given again')  # fmt: skip
+
+  one = command(evaluate, 'eval')
+  one.add_argument('--source', default='',
+                   help='other text; the default is the held-out split')  # fmt: skip
+
+  one = command(check, 'check', config=True, workdir=False)
+  one.add_argument('--workdir', type=pathlib.Path,
+                   default=pathlib.Path('runs/check'))  # fmt: skip
+  one.add_argument('--rows', type=_number(int, 1), default=2)
+  one.add_argument('--devices', type=_number(int, 1), default=0)
+
+  one = command(drill, 'drill', config=True)
+  one.add_argument('--kills', type=_number(int, 0), default=20)
+
+  command(doctor, 'doctor', workdir=False)
+  one = command(quickstart, 'quickstart', workdir=False)
+  one.add_argument('--workdir', type=pathlib.Path,
+                   default=pathlib.Path('runs/quickstart'))  # fmt: skip
+  return parser
+
+
+def split_overrides(
+  argv: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes `--config.KEY=VALUE` (or `--config.KEY VALUE`) out of `argv`.
+
+  A key without a value is a switch that is turned on.
+  """
+  rest, overrides = [], []
+  words = list(argv)
+  while words:
+    word = words.pop(0)
+    if not word.startswith('--config.'):
+      rest.append(word)
+      continue
+    key, is_given, value = word.removeprefix('--config.').partition('=')
+    if not is_given:
+      is_value = words and not words[0].startswith('--')
+      value = words.pop(0) if is_value else 'true'
+    overrides.append((key, value))
+  return rest, overrides
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; returns its exit status."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    rest, overrides = split_overrides(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+      known = [
+        option
+        for action in parser._subparsers._group_actions[0]  # noqa: SLF001
+        .choices[args.command]
+        ._actions
+        for option in action.option_strings
+      ]
+      raise UserError(
+        f'{unknown[0]}: unknown option{nearest(unknown[0], known)}; see '
+        f'`tpu_lm {args.command} --help`'
+      )
+    return args.function(args, overrides)
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    return 2
+  except BrokenPipeError:  # `tpu_lm generate … | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

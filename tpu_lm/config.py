@@ -1,0 +1,271 @@
+"""Configurations: their keys, files and command-line overrides.
+
+`base()` holds every key with its default, so that keys are alike everywhere.
+A file of `configs/` has `get_config(variant='')`, which starts from `base()`.
+On the command line `--config=FILE[:VARIANT]` names it and
+`--config.KEY=VALUE` changes a key. A key or a type that the schema does not
+have is a mistake of the user's and ends in one line.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from tpu_lm.errors import UserError, nearest
+
+# Sections whose keys belong to what is named beside them: a model family's
+# `config`, a stage's `make`. They are checked against those signatures.
+OPEN_SECTIONS = ('model', 'stage')
+
+
+def base() -> ConfigDict:
+  """Every key of a configuration, with its default."""
+  return ConfigDict({
+    'seed': 0,
+    'steps': 1000,
+    'batch_size': 16,  # rows a step, over all devices and microbatches
+    'microbatches': 1,  # gradient accumulation: parts of a batch in turn
+    'log_every': 10,
+    'eval_every': 200,  # steps; 0: only at the end
+    'eval_rows': 0,  # held-out rows an evaluation reads; 0: all
+    'checkpoint': {
+      'every': 200,  # steps; the last step is always saved
+      'keep': 2,  # the newest so many are kept, and the best one
+    },
+    'data': {
+      'source': '',  # PATH, tfds:NAME, hf:NAME or seqio:NAME
+      'heldout_source': '',  # one of its own; '': a share of the source
+      'heldout_share': 0.1,
+      'heldout_by': 'auto',  # tail (of each file), document or auto
+      'field': 'text',  # of JSON and Parquet records
+      'length': 256,  # tokens a row
+      'packing': 'best_fit',  # or concat
+      'tokenizer': 'bpe',  # bpe and byte are trained; or a tokenizer.json
+      'vocab_size': 512,  # of a trained bpe
+      'dir': '',  # prepared rows; '': WORKDIR/data
+      'max_bad_share': 0.0,  # of records that may be skipped, and counted
+    },
+    'model_name': 'llama',
+    'model': {},
+    'init_from': '',  # a working directory whose parameters to start from
+    'trainable': '.*',  # regular expression over parameter paths
+    'stage_name': 'pretrain',
+    'stage': {},
+    'optimizer': {
+      'name': 'adamw',
+      'learning_rate': 3e-3,
+      'schedule': 'cosine',  # cosine, linear, constant or wsd
+      'warmup': 50,  # steps
+      'final': 0.1,  # of the peak, at the last step
+      'decay': 0.2,  # wsd: share of the steps that decays
+      'weight_decay': 0.1,
+      'no_decay': 'norm|bias',  # paths that do not decay
+      'b1': 0.9,
+      'b2': 0.95,
+      'eps': 1e-8,
+      'momentum': 0.95,  # muon
+      'rest_learning_rate': 0.0,  # muon: of AdamW's part; 0: the same
+      'clip': 1.0,  # global norm of the gradient; 0: no clipping
+    },
+    'guard': {
+      'bad_in_a_row': 10,  # skipped steps in a row that end the run
+      'spike_factor': 0.0,  # deviations above the mean loss; 0: no guard
+      'window': 50,  # accepted losses that mean and deviation are of
+    },
+    'mesh': {
+      'data': -1,
+      'fsdp': 1,
+      'tensor': 1,
+      'sequence': 1,
+      'expert': 1,
+    },
+    'evals': ('bits_per_byte',),
+    'platform': '',  # cpu, gpu or tpu: refuse any other; '': what there is
+    'tensorboard': False,
+    'profile': False,  # writes a trace of five steps to WORKDIR/profile
+    'watchdog': 1800.0,  # seconds without a finished phase that end the run
+  })
+
+
+def split_spec(spec: str) -> tuple[pathlib.Path, str]:
+  """'configs/a.py:tiny' is the file and its variant."""
+  path, _, variant = spec.partition(':')
+  return pathlib.Path(path), variant
+
+
+def load_file(spec: str) -> ConfigDict:
+  """Runs `get_config` of the file that `spec` names.
+
+  Raises:
+    UserError: no such file, no such function, or no such variant.
+  """
+  path, variant = split_spec(spec)
+  if not path.is_file():
+    beside = [str(p) for p in path.parent.glob('*.py')] or [
+      str(p) for p in pathlib.Path('configs').glob('*.py')
+    ]
+    raise UserError(
+      f'--config={spec}: no such file{nearest(str(path), beside)}'
+    )
+  module_spec = importlib.util.spec_from_file_location(path.stem, path)
+  if module_spec is None:
+    raise UserError(f'--config={spec}: not a Python file')
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f'{path}:{error.lineno}: {error.msg}') from error
+  if not hasattr(module, 'get_config'):
+    raise UserError(f'{path}: has no function get_config(variant)')
+  if variant and not inspect.signature(module.get_config).parameters:
+    raise UserError(f'{path}: takes no variant, but {variant!r} was given')
+  return module.get_config(variant) if variant else module.get_config()
+
+
+def check_variant(variant: str, known: tuple[str, ...]) -> None:
+  """For `get_config`: refuses a variant that the file does not have."""
+  if variant not in ('', *known):
+    raise UserError(
+      f'--config=…:{variant}: no such variant{nearest(variant, known)}; '
+      f'there are {", ".join(known)}'
+    )
+
+
+def _parse(text: str, default: Any, key: str) -> Any:
+  """The value that `text` spells, of the type of `default`."""
+  wanted = type(default)
+  if wanted is str:
+    return text
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = {'true': True, 'false': False}.get(text.lower(), text)
+  if wanted is float and type(value) is int:
+    value = float(value)
+  if wanted is tuple and not isinstance(value, tuple):
+    value = tuple(value) if isinstance(value, list) else (value,)
+  if type(value) is not wanted:
+    raise UserError(
+      f'--config.{key}={text}: must be {_spoken(wanted)}, like {default!r}'
+    )
+  return value
+
+
+def _spoken(kind: type) -> str:
+  return {
+    int: 'a whole number',
+    float: 'a number',
+    bool: 'true or false',
+    tuple: 'a tuple',
+    str: 'text',
+  }[kind]
+
+
+def schema() -> dict[str, Any]:
+  """Every dotted key with a value of its type, open sections included.
+
+  Keys of `model` are those of the transformer; keys of `stage` depend on the
+  stage's name and are left to it.
+  """
+  # Imports JAX, so only where keys are looked at.
+  from tpu_lm.models import transformer
+
+  known = flatten(base())
+  for field in dataclasses.fields(transformer.Config):
+    known[f'model.{field.name}'] = field.default
+  return known
+
+
+def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+  """{'data.length': 256, …} of a nested configuration."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, ConfigDict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+  """Sets the dotted `key` of `config` to what `text` spells."""
+  known = schema()
+  if key.startswith('stage.'):
+    config.stage[key.removeprefix('stage.')] = _guess(text)
+    return
+  if key not in known:
+    raise UserError(
+      f'--config.{key}: unknown key{nearest(key, known)}'
+      + ('; it is a section' if key in config else '')
+    )
+  section, _, name = key.rpartition('.')
+  target = config[section] if section else config
+  target[name] = _parse(text, known[key], key)
+
+
+def _guess(text: str) -> Any:
+  """The literal that `text` spells, else the text."""
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return {'true': True, 'false': False}.get(text.lower(), text)
+
+
+def check(config: ConfigDict, where: str) -> None:
+  """Refuses keys, types and signs that no run can mean."""
+  known = schema()
+  for key, value in flatten(config).items():
+    if key.startswith('stage.'):
+      continue
+    if key not in known:
+      raise UserError(f'{where}: {key}: unknown key{nearest(key, known)}')
+    wanted = type(known[key])
+    if type(value) is not wanted and not (
+      wanted is float and type(value) is int
+    ):
+      raise UserError(f'{where}: {key}={value!r}: must be {_spoken(wanted)}')
+  for key in ('steps', 'batch_size', 'microbatches', 'log_every'):
+    if config[key] < 1:
+      raise UserError(f'{key}={config[key]}: must be at least 1')
+  for key in ('seed', 'eval_every', 'eval_rows'):
+    if config[key] < 0:
+      raise UserError(f'{key}={config[key]}: must not be negative')
+  if config.data.length < 2:
+    raise UserError(f'data.length={config.data.length}: must be at least 2')
+  for key in ('every', 'keep'):
+    if config.checkpoint[key] < 1:
+      raise UserError(
+        f'checkpoint.{key}={config.checkpoint[key]}: must be at least 1'
+      )
+
+
+def load(spec: str, overrides: list[tuple[str, str]]) -> ConfigDict:
+  """Reads a configuration file, applies overrides, checks the whole."""
+  config = load_file(spec)
+  for key, text in overrides:
+    override(config, key, text)
+  check(config, spec)
+  return config
+
+
+def read(path: str | os.PathLike) -> ConfigDict:
+  """Reads back `WORKDIR/config.json`."""
+
+  def tuples(value):
+    if isinstance(value, list):
+      return tuple(tuples(item) for item in value)
+    if isinstance(value, dict):
+      return {key: tuples(item) for key, item in value.items()}
+    return value
+
+  try:
+    return ConfigDict(tuples(json.loads(pathlib.Path(path).read_text())))
+  except ValueError as error:
+    raise UserError(f'{path}: no configuration ({error})') from error

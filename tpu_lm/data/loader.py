@@ -1,0 +1,247 @@
+"""Batches of prepared rows: a pure function of (manifest, seed, step).
+
+Grain orders the rows: a global shuffle, another one each epoch, in O(1) per
+row, and mixing of parts by weight. Nothing is kept between batches, so that
+the step is the loader's whole state; every number of processes sees the same
+global batches. Imports no TensorFlow.
+"""
+
+import functools
+import os
+import queue
+import threading
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from tpu_lm.data import manifest
+from tpu_lm.errors import UserError
+
+_OPEN_SHARDS = 256  # each holds a file open
+_AHEAD = 2  # batches that wait
+
+
+class Loader:
+  """Rows of a split, by batches.
+
+  Batch `i` holds rows i B .. (i + 1) B - 1 of the order. When shuffled, the
+  order goes on forever, each epoch another permutation of all rows; else every
+  row comes exactly once, and the last batch is filled with padding rows.
+
+  Args:
+    directory: a folder that `prepare` made.
+    split: 'train' or 'heldout'.
+    batch_size: rows of the global batch.
+    seed: of the order.
+    vocab_size: of the model; a batch with a higher id is refused, since a
+      gather on the device would clamp it in silence.
+    shuffle: False gives all rows once, in their order.
+    process_index: of process_count: which part of each batch is given.
+    process_count: how many processes share a batch.
+    verify: whether every shard is read and compared with its sha256 first.
+
+  Raises:
+    UserError: shards are missing or damaged, or the batch cannot be shared.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    split: str,
+    batch_size: int,
+    seed: int,
+    vocab_size: int,
+    shuffle: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    verify: bool = False,
+  ):
+    if split not in manifest.SPLITS:
+      raise ValueError(f'{split=} is not one of {manifest.SPLITS}')
+    if batch_size % process_count:
+      raise UserError(
+        f'batch_size={batch_size}: must be a multiple of the {process_count} '
+        'processes'
+      )
+    self.manifest = manifest.read(directory)
+    manifest.check(self.manifest, contents=verify)
+    self.length = self.manifest.length
+    self.vocab_size = vocab_size
+    self.batch_size = batch_size
+    self._first = batch_size // process_count * process_index
+    self._count = batch_size // process_count
+    self._shards = []
+    parts = self.manifest.splits(split)
+    for part in parts:
+      self._shards += part.shards
+    ends = np.cumsum([shard.rows for shard in self._shards])
+    self._starts = np.append(0, ends)
+    self.num_rows = int(ends[-1]) if len(ends) else 0
+    if not self.num_rows:
+      raise UserError(f'{self.manifest.directory}: has no {split} rows')
+    self.num_batches = -(-self.num_rows // batch_size)
+    self._order = _order(parts, seed) if shuffle else None
+    self._open = functools.lru_cache(_OPEN_SHARDS)(self._array)
+
+  def batch(self, step: int) -> dict[str, np.ndarray]:
+    """This process's rows of batch `step`, which counts from 0.
+
+    Returns:
+      tokens int32, loss_mask bool, segment_ids int32 and positions int32, all
+      [B, length + 1]. Padding has segment 0, position 0 and is masked.
+
+    Raises:
+      UserError: a token id that the model does not have.
+    """
+    ids = self._rows(step)
+    shape = (len(ids), self.length + 1)
+    tokens = np.zeros(shape, np.int32)
+    segment_ids = np.zeros(shape, np.int32)
+    loss_mask = np.ones(shape, bool)
+    for at, row in enumerate(ids):
+      if row < 0:
+        continue
+      shard, local = self._place(row)
+      tokens[at] = self._open(shard, 'tokens')[local]
+      segment_ids[at] = self._open(shard, 'segment_ids')[local]
+      if 'loss_mask' in self._shards[shard].files:
+        loss_mask[at] = self._open(shard, 'loss_mask')[local]
+    self._check(tokens, ids)
+    return {
+      'tokens': tokens,
+      'loss_mask': loss_mask & (segment_ids != 0),
+      'segment_ids': segment_ids,
+      'positions': positions(segment_ids),
+    }
+
+  def rows(self, step: int) -> list[tuple[str, int]]:
+    """The (shard, row) of each row of `batch(step)`; ('padding', 0)."""
+    names = []
+    for row in self._rows(step):
+      if row < 0:
+        names.append(('padding', 0))
+        continue
+      shard, local = self._place(row)
+      names.append((self._shards[shard].name, local))
+    return names
+
+  def prefetch(
+    self, first_step: int, last_step: int | None = None
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """batch(first_step), batch(first_step + 1), … made ahead in a thread.
+
+    Args:
+      first_step: of the first batch.
+      last_step: after which to stop; None goes on forever, or to the last
+        batch where rows are not shuffled.
+    """
+    if last_step is None and self._order is None:
+      last_step = self.num_batches - 1
+    return _ahead(self.batch, first_step, last_step)
+
+  def _rows(self, step: int) -> list[int]:
+    """Numbers of the rows of batch `step`; -1 for padding."""
+    if step < 0 or (self._order is None and step >= self.num_batches):
+      raise IndexError(f'{step=} of {self.num_batches} batches')
+    first = step * self.batch_size + self._first
+    numbers = range(first, first + self._count)
+    if self._order is not None:
+      return [int(self._order[number]) for number in numbers]
+    return [n if n < self.num_rows else -1 for n in numbers]
+
+  def _place(self, row: int) -> tuple[int, int]:
+    """Which shard holds the row, and where."""
+    shard = int(np.searchsorted(self._starts, row, 'right')) - 1
+    return shard, row - int(self._starts[shard])
+
+  def _array(self, shard: int, column: str) -> np.ndarray:
+    described = self._shards[shard]
+    path = self.manifest.directory / described.files[column]['file']
+    array = np.load(path, mmap_mode='r')
+    if array.shape != (described.rows, self.length + 1):
+      raise UserError(
+        f'{path}: has the shape {array.shape}, not '
+        f'{(described.rows, self.length + 1)}; run `tpu_lm prepare` again'
+      )
+    return array
+
+  def _check(self, tokens: np.ndarray, ids: list[int]) -> None:
+    if tokens.max() < self.vocab_size:
+      return
+    at = int(np.argmax(tokens.max(axis=1) >= self.vocab_size))
+    shard, local = self._place(ids[at])
+    path = self.manifest.directory / self._shards[shard].name
+    raise UserError(
+      f'{path}: row {local}: token id {tokens[at].max()} is not below the '
+      f"model's vocabulary of {self.vocab_size}; prepare the data with the "
+      "model's tokenizer, or set --config.model.vocab_size="
+    )
+
+
+def _order(parts: list[manifest.Split], seed: int) -> grain.MapDataset:
+  """The endless shuffled sequence of row numbers."""
+  datasets, weights, start = [], [], 0
+  for part in parts:
+    if part.weight:
+      rows = grain.MapDataset.range(start, start + part.rows)
+      datasets.append(rows.seed(seed).shuffle().repeat(None))
+      weights.append(part.weight)
+    start += part.rows
+  if len(datasets) == 1:
+    return datasets[0]
+  return grain.MapDataset.mix(datasets, weights)
+
+
+def positions(segment_ids: np.ndarray) -> np.ndarray:
+  """int32 [B, L]: each slot's place in its segment; 0 in padding."""
+  index = np.arange(segment_ids.shape[1])
+  begins = np.ones(segment_ids.shape, bool)
+  begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+  begin = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+  return np.where(segment_ids != 0, index - begin, 0).astype(np.int32)
+
+
+def _ahead(make, first: int, last: int | None) -> Iterator:
+  """Yields make(first), make(first + 1), … made in a thread.
+
+  The thread ends with the iterator, and its exception is raised where the
+  batch that failed would have come.
+  """
+  ready: queue.Queue = queue.Queue(_AHEAD)
+  stopped = threading.Event()
+
+  def put(item: tuple) -> bool:
+    while not stopped.is_set():
+      try:
+        ready.put(item, timeout=0.1)
+      except queue.Full:
+        continue
+      return True
+    return False
+
+  def work() -> None:
+    step = first
+    try:
+      while (last is None or step <= last) and put(('batch', make(step))):
+        step += 1
+      put(('end', None))
+    except BaseException as error:
+      put(('error', error))
+
+  def take() -> Iterator:
+    thread = threading.Thread(target=work, name='loader', daemon=True)
+    thread.start()
+    try:
+      while True:
+        kind, item = ready.get()
+        if kind == 'error':
+          raise item
+        if kind == 'end':
+          return
+        yield item
+    finally:
+      stopped.set()
+      thread.join()
+
+  return take()

@@ -1,0 +1,331 @@
+"""The documents of the little world: what is told in which order.
+
+Each kind of document is a method of `Tale` that makes its choices through a
+`Teller`. No text has two derivations: the tests hold `derivations` to one.
+"""
+
+import functools
+
+from tpu_lm.data import world_facts, world_forms, world_sums
+from tpu_lm.data.world_facts import Person, Town, World
+from tpu_lm.data.world_grammar import Choice, Teller, Template, more
+
+Scene = dict[str, str]  # what is bound, by slot: {'P': 'Clara', 'P.home': …}
+
+KINDS = {  # weight of each kind of document
+  'portrait': 13,
+  'town': 7,
+  'story': 13,
+  'letter': 9,
+  'news': 24,
+  'ledger': 14,
+  'questions': 12,
+  'arithmetic': 8,
+}
+PORTRAIT_ENDS = Choice([False, True])
+FACT_OR_HABIT = Choice([True, False], [11, 9])
+FACT_OR_EVENT = Choice([True, False], [1, 1])
+ANY_FACT = Choice(list(world_forms.PERSON_FACTS.values()))
+WITH_HEAD = Choice([True, False], [2, 3])
+LIST_MARKS = Choice(['', '{}. ', '- '], [3, 2, 1])
+QUESTION_OR_SUM = Choice([True, False], [5, 1])
+SUM_QUESTIONS = Choice([world_sums.digits_question, world_sums.words_question])
+COUNTINGS = Choice([(a, b) for a in range(2, 11) for b in range(1, a)])
+COUNTED = Choice(world_sums.COUNTABLES)
+GIVEN = Choice([True, False])
+
+
+def person_scene(slot: str, p: Person, friend: Person) -> Scene:
+  """Binds a person to a slot, and the pronouns where the slot is P."""
+  fields = {
+    'home': p.home,
+    'job': p.job,
+    'does': p.does,
+    'colour': p.colour,
+    'thing': p.thing,
+    'food': p.food,
+    'friend': p.friend,
+    'friendhome': friend.home,
+    'friendjob': friend.job,
+  }
+  scene = {slot: p.name} | {f'{slot}.{k}': v for k, v in fields.items()}
+  if slot == 'P':
+    pronouns = ('she', 'her', 'her') if p.woman else ('he', 'him', 'his')
+    scene |= dict(zip(('he', 'him', 'his'), pronouns, strict=True))
+    scene |= {'He': scene['he'].capitalize()}
+  return scene
+
+
+def named(scene: Scene) -> Scene:
+  """Subject, possessive and object of P by name."""
+  name = scene['P']
+  own = name + "'s"
+  return {'S': name, 's': name, 'Ss': own, 'ss': own, 'o': name}
+
+
+def pronouned(scene: Scene) -> Scene:
+  """Subject, possessive and object of P by pronoun."""
+  he, his = scene['he'], scene['his']
+  upper = {'S': he.capitalize(), 'Ss': his.capitalize()}
+  return upper | {'s': he, 'ss': his, 'o': scene['him']}
+
+
+class Tale:
+  """The grammar of the documents about one world.
+
+  `tell(teller)` tells one document. Its methods tell one of each kind.
+  """
+
+  def __init__(self, world: World):
+    self.world = world
+    friend = {p.name: world.person[p.friend] for p in world.people}
+    self._person = {
+      slot: {
+        p.name: person_scene(slot, p, friend[p.name]) for p in world.people
+      }
+      for slot in 'PQRIV'
+    }
+    self._towns = {t.name: self._town_scene(t) for t in world.towns}
+    self._plain = {
+      slot: Choice([{slot: x} for x in options])
+      for slot, options in world_forms.PLAIN_SLOTS.items()
+    }
+    self._named = {
+      name: scene | named(scene) for name, scene in self._person['P'].items()
+    }
+    self._pronouned = {
+      name: scene | pronouned(scene)
+      for name, scene in self._person['P'].items()
+    }
+    self._kind = Choice(
+      [getattr(self, kind) for kind in KINDS], list(KINDS.values())
+    )
+    self._arithmetic = Choice(
+      [self._equations, self._spoken, self._countings], [3, 3, 2]
+    )
+    self._sums = Choice(*world_sums.operations())
+    self._subjects: dict[str, Choice] = {}
+    self._free = functools.cache(self._free)
+    self._left = functools.cache(Choice)
+
+  @staticmethod
+  def _town_scene(t: Town) -> Scene:
+    return {
+      'T': t.name,
+      'T.river': t.river,
+      'T.product': t.product,
+      'T.landmark': t.landmark,
+    }
+
+  def _free(self, slot: str, *bound: str | None) -> Choice:
+    """Returns the scenes that a free slot may bind, given what is bound."""
+    world = self.world
+    if slot == 'T':
+      away = [p.home for p in world.people if p.name == bound[0]]
+      return Choice([s for t, s in self._towns.items() if t not in away])
+    if slot == 'G':
+      return Choice([{'G': x} for x in world_facts.FOODS if x != bound[0]])
+    scenes = self._person[slot].items()
+    if slot in 'IV':
+      local = {p.name for p in world.people if p.home == bound[0]}
+      return Choice([s for p, s in scenes if (p in local) == (slot == 'I')])
+    return Choice([s for p, s in scenes if p not in bound])
+
+  def _binding(self, teller: Teller, slot: str, scene: Scene) -> Scene:
+    """Draws a free slot."""
+    if slot in self._plain:
+      return teller.choose(self._plain[slot])
+    get = scene.get
+    if slot in 'PQR':
+      choice = self._free(slot, get('P'), get('Q'), get('R'))
+    else:
+      choice = self._free(slot, get({'T': 'P', 'G': 'F'}.get(slot, 'T')))
+    return teller.choose(choice)
+
+  def fill(self, teller: Teller, template: Template, scene: Scene) -> None:
+    """Writes a template; what it binds holds for this template only."""
+    scene = scene.copy()
+    write = teller.write
+    for literal, slot, base in template.pieces:
+      if literal:
+        write(literal)
+      if slot:
+        if base not in scene:
+          scene.update(self._binding(teller, base, scene))
+        write(scene[slot])
+
+  def say(self, teller: Teller, choice: Choice, scene: Scene) -> None:
+    """Chooses a template and writes it."""
+    self.fill(teller, teller.choose(choice), scene)
+
+  def bind(self, teller: Teller, scene: Scene, slots: str) -> Scene:
+    """Returns the scene with free slots drawn, for the rest of a document."""
+    for slot in slots:
+      scene = scene | self._binding(teller, slot, scene)
+    return scene
+
+  def tell(self, teller: Teller) -> None:
+    """Tells one document of any kind."""
+    teller.choose(self._kind)(teller)
+
+  def portrait(self, teller: Teller) -> None:
+    """Two or three people, a paragraph each: facts in any order, habits."""
+    first = self.bind(teller, {}, 'P')['P']
+    self._paragraph(teller, first)
+    second = teller.choose(self._free('P', first))['P']
+    teller.write('\n\n')
+    self._paragraph(teller, second)
+    if teller.choose(PORTRAIT_ENDS):
+      third = teller.choose(self._free('P', first, second))['P']
+      teller.write('\n\n')
+      self._paragraph(teller, third)
+
+  def _paragraph(self, teller: Teller, name: str) -> None:
+    left = tuple(world_forms.PERSON_FACTS)
+    told = 0
+    while more(teller, told, 3, 5):
+      if told == 0:
+        scene = self._named[name]
+      else:
+        teller.write(' ')
+        scene = teller.choose(self._subject(name))
+      if teller.choose(FACT_OR_HABIT):
+        fact = teller.choose(self._left(left))
+        left = tuple(x for x in left if x != fact)
+        self.say(teller, world_forms.PERSON_FACTS[fact], scene)
+      else:
+        self.say(teller, world_forms.HABITS, scene)
+      told += 1
+
+  def _subject(self, name: str) -> Choice:
+    if name not in self._subjects:
+      scenes = [self._pronouned[name], self._named[name]]
+      self._subjects[name] = Choice(scenes, [4, 1])
+    return self._subjects[name]
+
+  def town(self, teller: Teller) -> None:
+    """What is to be seen in a town, then who lives there and who came."""
+    scene = self.bind(teller, {}, 'T')
+    left = tuple(world_forms.TOWN_FACTS)
+    for told in range(2):
+      if told:
+        teller.write(' ')
+      fact = teller.choose(self._left(left))
+      left = tuple(x for x in left if x != fact)
+      self.say(teller, world_forms.TOWN_FACTS[fact], scene)
+    told = 0
+    while more(teller, told, 4, 9):
+      teller.write(' ')
+      self.say(teller, world_forms.TOWN_LIFE, scene)
+      told += 1
+
+  def story(self, teller: Teller) -> None:
+    """Someone goes to a town, meets someone, they talk and trade."""
+    scene = self.bind(teller, {}, 'PTQ')
+    self.say(teller, world_forms.STORY_OPENINGS, scene)
+    teller.write(' ')
+    self.say(teller, world_forms.STORY_MEETINGS, scene)
+    told = 0
+    while more(teller, told, 2, 6):
+      teller.write(' ')
+      self.say(teller, world_forms.STORY_MIDDLES, scene)
+      told += 1
+    teller.write('\n')
+    self.say(teller, world_forms.STORY_CLOSINGS, scene)
+
+  def letter(self, teller: Teller) -> None:
+    """A letter from one to another."""
+    scene = self.bind(teller, {}, 'PQ')
+    self.fill(teller, world_forms.LETTER_OPENING, scene)
+    told = 0
+    while more(teller, told, 4, 9):
+      if told:
+        teller.write(' ')
+      self.say(teller, world_forms.LETTER_BODY, scene)
+      told += 1
+    teller.write('\n')
+    self.say(teller, world_forms.LETTER_CLOSINGS, scene)
+
+  def news(self, teller: Teller) -> None:
+    """Who met whom and who is who, each sentence about someone else."""
+    if teller.choose(WITH_HEAD):
+      self.say(teller, world_forms.NEWS_HEADS, {})
+      teller.write('\n')
+    told = 0
+    while more(teller, told, 5, 13):
+      if told:
+        teller.write(' ')
+      if teller.choose(FACT_OR_EVENT):
+        scene = self._named[self.bind(teller, {}, 'P')['P']]
+        self.say(teller, teller.choose(ANY_FACT), scene)
+      else:
+        self.say(teller, world_forms.EVENTS, {})
+      told += 1
+
+  def ledger(self, teller: Teller) -> None:
+    """Who sold, lost, brought or wants what, line by line."""
+    self.say(teller, world_forms.LEDGER_HEADS, {})
+    told = 0
+    while more(teller, told, 6, 16):
+      teller.write('\n')
+      self.say(teller, world_forms.LEDGER_LINES, {})
+      told += 1
+
+  def questions(self, teller: Teller) -> None:
+    """A list of questions, as they stand in real text: without answers."""
+    if teller.choose(WITH_HEAD):
+      self.say(teller, world_forms.QUESTION_HEADS, {})
+      teller.write('\n')
+    mark = teller.choose(LIST_MARKS)
+    told = 0
+    while more(teller, told, 6, 14):
+      if told:
+        teller.write('\n')
+      teller.write(mark.format(told + 1))
+      if teller.choose(QUESTION_OR_SUM):
+        self.say(teller, world_forms.QUESTIONS, {})
+      else:
+        operation, operands = teller.choose(self._sums)
+        ask = teller.choose(SUM_QUESTIONS)
+        teller.write(ask(operation, operands))
+      told += 1
+
+  def arithmetic(self, teller: Teller) -> None:
+    """Sums, differences and products: as equations, in words, or told."""
+    teller.choose(self._arithmetic)(teller)
+
+  def _equations(self, teller: Teller) -> None:
+    told = 0
+    while more(teller, told, 14, 30):
+      if told:
+        teller.write('\n')
+      teller.write(world_sums.equation(*teller.choose(self._sums)))
+      told += 1
+
+  def _spoken(self, teller: Teller) -> None:
+    told = 0
+    while more(teller, told, 7, 15):
+      if told:
+        teller.write(' ')
+      teller.write(world_sums.spoken(*teller.choose(self._sums)))
+      told += 1
+
+  def _countings(self, teller: Teller) -> None:
+    told = 0
+    while more(teller, told, 4, 9):
+      if told:
+        teller.write(' ')
+      self._counting(teller)
+      told += 1
+
+  def _counting(self, teller: Teller) -> None:
+    scene = self.bind(teller, {}, 'PQ')
+    a, b = teller.choose(COUNTINGS)
+    what = teller.choose(COUNTED)
+    p, q = scene['P'], scene['Q']
+    if teller.choose(GIVEN):
+      teller.write(
+        f'{p} had {a} {what} and gave {q} {b}, so {a - b} were left.'
+      )
+    else:
+      teller.write(f'{p} had {a} {what} and {q} had {b}, which made {a + b}.')

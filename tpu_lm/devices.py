@@ -1,0 +1,69 @@
+"""The devices that JAX sees, and the settings of JAX that every command has."""
+
+import os
+import pathlib
+
+import jax
+
+from tpu_lm.errors import UserError
+
+PLATFORMS = ('cpu', 'gpu', 'tpu')
+
+
+def compilation_cache() -> pathlib.Path:
+  """Where compiled programs are kept between runs."""
+  given = os.environ.get('JAX_COMPILATION_CACHE_DIR')
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(given or pathlib.Path(home) / 'tpu_lm' / 'xla')
+
+
+def set_up(num_cpu_devices: int = 0) -> None:
+  """Applies the settings of JAX; before the first array is made.
+
+  Args:
+    num_cpu_devices: how many devices to simulate on a CPU; 0: as JAX says.
+  """
+  cache = compilation_cache()
+  try:
+    cache.mkdir(parents=True, exist_ok=True)
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+  except OSError:
+    pass  # a read-only home only costs the compilation each time
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)
+  if num_cpu_devices:
+    jax.config.update('jax_num_cpu_devices', num_cpu_devices)
+
+
+def connect(coordinator: str, num_processes: int, process: int) -> None:
+  """Joins the processes of a run that spans several; none: stays alone.
+
+  On Cloud TPU the three are found by JAX itself: `coordinator='auto'`.
+  """
+  if coordinator == 'auto':
+    jax.distributed.initialize()
+  elif coordinator:
+    jax.distributed.initialize(coordinator, num_processes, process)
+
+
+def require(platform: str) -> None:
+  """Refuses to fall back silently to another kind of device.
+
+  Raises:
+    UserError: `platform` is asked for and JAX has another.
+  """
+  if platform and platform not in PLATFORMS:
+    raise UserError(
+      f'platform={platform!r}: choose one of {", ".join(PLATFORMS)}'
+    )
+  found = jax.default_backend()
+  if platform and found != platform:
+    extra = {'gpu': 'cuda', 'tpu': 'tpu'}.get(platform)
+    mend = (
+      f"pip install 'tpu_lm[{extra}]' and see `tpu_lm doctor`"
+      if extra
+      else 'set JAX_PLATFORMS=cpu'
+    )
+    raise UserError(
+      f'platform={platform!r}: JAX found only {found} devices; {mend}'
+    )

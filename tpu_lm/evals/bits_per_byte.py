@@ -1,0 +1,178 @@
+"""Held-out loss, perplexity and bits per byte of a language model.
+
+Bits per byte, comparable across tokenizers: the code length of the text in
+bits (nats / ln 2, ends of documents included) over its UTF-8 bytes. Every
+token of the held-out rows is scored exactly once (rows overlap by a token).
+
+Batch columns (numpy, [B, L+1]): tokens, loss_mask, segment_ids. A target
+counts where loss_mask is set and the token before it is of the same document.
+"""
+
+import copy
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpu_lm import sharding
+from tpu_lm.data import prepare
+from tpu_lm.errors import UserError
+from tpu_lm.run import data_dir, open_rows
+from tpu_lm.stages import pretrain
+
+Batch = Mapping[str, np.ndarray]
+
+
+def counted(batch: Batch) -> np.ndarray:
+  """Returns bool [B, L]: which of the targets tokens[:, 1:] are scored."""
+  segment_ids = np.asarray(batch['segment_ids'])
+  within = segment_ids[:, 1:] == segment_ids[:, :-1]
+  inputs = segment_ids[:, :-1] != 0
+  return np.asarray(batch['loss_mask'])[:, 1:].astype(bool) & within & inputs
+
+
+def num_bytes(batch: Batch, token_bytes: np.ndarray) -> int:
+  """Returns the UTF-8 bytes of the scored targets.
+
+  Args:
+    batch: the columns.
+    token_bytes: int [V], bytes that each id stands for; 0 for specials.
+  """
+  targets = np.asarray(batch['tokens'])[:, 1:][counted(batch)]
+  return int(token_bytes[targets].sum(dtype=np.int64))
+
+
+def evaluate(
+  totals: Callable[[Batch], tuple[jax.Array, jax.Array]],
+  batches: Iterable[Batch],
+  token_bytes: np.ndarray,
+  stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+  """Scores held-out rows.
+
+  Batches are summed in float32 on the device and together in float64 here. A
+  batch is dispatched before the result of the one before it is read.
+
+  Args:
+    totals: a batch of this process -> (nats, targets) summed over the rows of
+      all processes; jitted and sharded by the caller.
+    batches: this process's rows, each once.
+    token_bytes: see `num_bytes`.
+    stop: asked after each batch; if it says so the evaluation is given up.
+      Processes must agree on it.
+
+  Returns:
+    loss (nats a token), perplexity, bits_per_byte, tokens and bytes; or None
+    if it was stopped.
+
+  Raises:
+    UserError: the rows hold no text to score.
+  """
+  nats, tokens, size = 0.0, 0.0, 0
+  pending = None
+  for batch in batches:
+    size += num_bytes(batch, token_bytes)
+    dispatched = totals(batch)
+    if pending:
+      nats, tokens = nats + float(pending[0]), tokens + float(pending[1])
+    pending = dispatched
+    if stop():
+      return None
+  if pending:
+    nats, tokens = nats + float(pending[0]), tokens + float(pending[1])
+  size = _over_processes(size)
+  if not tokens or not size:
+    raise UserError(
+      f'held-out data: {tokens:.0f} tokens and {size} bytes to score; make '
+      'data.heldout_share larger or give a data.heldout_source with text'
+    )
+  return result(nats, tokens, size)
+
+
+def result(nats: float, tokens: float, size: int) -> dict[str, float]:
+  """Returns the figures of `evaluate` from the sums over all the text."""
+  loss = nats / tokens
+  try:
+    perplexity = math.exp(loss)
+  except OverflowError:
+    perplexity = math.inf
+  return {
+    'loss': loss,
+    'perplexity': perplexity,
+    'bits_per_byte': nats / math.log(2) / size,
+    'tokens': int(tokens),
+    'bytes': size,
+  }
+
+
+def _over_processes(count: int) -> int:
+  """Returns the sum over processes; exact below 2**62."""
+  if jax.process_count() == 1:
+    return count
+  from jax.experimental import multihost_utils
+
+  # Two halves: arrays are 32 bits wide unless 64 are switched on.
+  halves = np.array([count >> 31, count & (2**31 - 1)], np.int32)
+  gathered = np.asarray(multihost_utils.process_allgather(halves), np.int64)
+  high, low = gathered.reshape(-1, 2).sum(axis=0).tolist()
+  return (high << 31) + low
+
+
+def totals_of(model: Any, mesh: Any) -> Callable[..., tuple]:
+  """Returns (params, batch of this process) -> (nats, targets), sharded."""
+  loss = pretrain.make(model, None).loss
+  jitted = jax.jit(lambda params, batch: loss(params, batch, None)[0])
+
+  def totals(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    with jax.set_mesh(mesh):
+      return jitted(params, sharding.put_batch(batch, mesh))
+
+  return totals
+
+
+def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict | None]:
+  """The evaluation that a run does: params -> figures of its held-out rows."""
+  loader = open_rows(run.config, rows, 'heldout', run.model)
+  totals = totals_of(run.model, run.mesh)
+  wanted = run.config.eval_rows or loader.num_rows
+  num_batches = min(-(-wanted // loader.batch_size), loader.num_batches)
+
+  def evaluate_params(params: Any) -> dict[str, float] | None:
+    return evaluate(
+      functools.partial(totals, params),
+      map(loader.batch, range(num_batches)),
+      run.tokenizer.token_bytes,
+      stop=run.stop_evaluation,
+    )
+
+  return evaluate_params
+
+
+def score(
+  loaded: Any, workdir: pathlib.Path, source: str = ''
+) -> dict[str, float]:
+  """The figures of a working directory on its held-out split, or on `source`.
+
+  Args:
+    loaded: what `run.load` returns.
+    workdir: of the model; rows that have to be made are kept in its `data`.
+    source: as `data.source`; all of it is scored.
+  """
+  config = copy.deepcopy(loaded.config)
+  if source:
+    config.data.source = config.data.heldout_source = source
+    config.data.tokenizer = str(pathlib.Path(workdir) / 'tokenizer')
+  found = prepare.prepare(config, data_dir(config, workdir))
+  config.batch_size = -(-8 // loaded.mesh.size) * loaded.mesh.size
+  loader = open_rows(config, found.directory, 'heldout', loaded.model)
+  scores = evaluate(
+    functools.partial(totals_of(loaded.model, loaded.mesh), loaded.params),
+    loader.prefetch(0),
+    loaded.tokenizer.token_bytes,
+  )
+  assert scores is not None  # nothing stops it
+  return scores

@@ -1,0 +1,46 @@
+"""Model families: one network, and a preset a family."""
+
+import dataclasses
+from typing import Any
+
+from tpu_lm.errors import UserError, nearest
+
+
+def make(name: str, options: dict[str, Any], vocab_size: int, length: int):
+  """Makes the model of the configuration's `model_name` and `model`.
+
+  Args:
+    name: a file of this folder that holds a `PRESET`.
+    options: fields of `transformer.Config` that differ from the preset.
+    vocab_size: the tokenizer's.
+    length: tokens of a training row.
+
+  Raises:
+    UserError: an unknown family, or a field that cannot be.
+  """
+  from tpu_lm import stage
+  from tpu_lm.models import transformer
+
+  names = [
+    n for n in stage.known(__name__)
+    if n not in ('attention', 'rope', 'transformer')
+  ]  # fmt: skip
+  if name not in names:
+    raise UserError(
+      f'model_name={name!r}: unknown{nearest(name, names)}; there are '
+      f'{", ".join(names)}'
+    )
+  preset = stage.find(__name__, name, 'model_name').PRESET
+  options = dict(options)
+  options['vocab_size'] = options.get('vocab_size') or vocab_size
+  options['max_length'] = options.get('max_length') or length
+  if options['vocab_size'] < vocab_size:
+    raise UserError(
+      f'model.vocab_size={options["vocab_size"]}: the tokenizer has '
+      f'{vocab_size} ids; raise it, or leave it at 0'
+    )
+  try:
+    config = dataclasses.replace(preset, **options)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  return transformer.Transformer(config)

@@ -1,0 +1,388 @@
+"""The one network: a decoder-only transformer in Flax linen.
+
+Its switches are those that the Llama, Qwen and Gemma families need, so that a
+family is a preset (`llama.py`, `qwen3.py`, …) and no second network. Layers
+are scanned: parameters of all layers are stacked on a leading axis, and the
+program's size does not grow with depth.
+
+Parameters (axis letters of DESIGN: N layers, D model, H heads, G key-value
+heads, K head size, F hidden, V vocabulary):
+  embedding [V, D]   head [V, D] (unless tied)   final_norm [D]
+  layers/attention/{norm [N,D], q [N,D,H,K], k, v [N,D,G,K], o [N,H,K,D]}
+  layers/attention/{q_norm, k_norm [N,K], q_bias [N,H,K], k_bias, v_bias}
+  layers/mlp/{norm [N,D], gate, up [N,D,F], down [N,F,D]}
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tpu_lm import sharding, weights
+from tpu_lm.models import attention, rope
+
+Cache = Any  # {'k': [N,B,S,G,K], 'v': [N,B,S,G,K]}; slot s holds position s
+
+# What the backward pass may keep instead of computing again.
+REMAT = {
+  'none': None,  # keep everything
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'gelu': lambda x: nn.gelu(x, approximate=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape and the switches of a transformer; see the module."""
+
+  vocab_size: int = 0  # 0: the tokenizer's
+  num_layers: int = 4
+  dim: int = 128
+  num_heads: int = 4
+  num_kv_heads: int = 0  # 0: as many as num_heads
+  head_dim: int = 0  # 0: dim / num_heads
+  hidden_dim: int = 384
+  max_length: int = 0  # tokens; 0: the length of the training rows
+  tied: bool = True  # the output head is the embedding table
+  activation: str = 'silu'  # silu: SwiGLU; gelu: GeGLU
+  norm_eps: float = 1e-6
+  norm_plus_one: bool = False  # Gemma: scale by 1 + w, not by w
+  post_norms: bool = False  # Gemma 2 and 3: norm what a block adds, too
+  qk_norm: bool = False  # Qwen 3, Gemma 3: norm each query and key head
+  qkv_bias: bool = False  # Qwen 2
+  scale_embedding: bool = False  # Gemma: times sqrt(dim)
+  query_scale: float = 0.0  # 0: head_dim ** -0.5
+  attention_soft_cap: float = 0.0  # Gemma 2; 0: none
+  logit_soft_cap: float = 0.0  # Gemma 2; 0: none
+  window: int = 0  # tokens seen by a sliding layer, itself included; 0: all
+  window_pattern: tuple[int, ...] = (1,)  # repeated over layers; 1: slides
+  rope_theta: float = 10000.0
+  rope_local_theta: float = 0.0  # theta of sliding layers; 0: rope_theta
+  rope_scaling: str = ''  # linear, llama3 or yarn; see rope.py
+  rope_factor: float = 1.0
+  rope_original_length: int = 0
+  rope_low: float = 1.0
+  rope_high: float = 4.0
+  rope_beta_fast: float = 32.0
+  rope_beta_slow: float = 1.0
+  rope_attention_factor: float = 0.0
+  init_std: float = 0.02
+  zero_init_output: bool = True  # what blocks add starts at zero
+  dtype: str = 'float32'  # of the matmuls; parameters are float32
+  remat: str = 'none'
+  attention: str = 'auto'  # which kernel; see attention.py
+  unroll: int = 1  # layers a step of the scan
+
+  def __post_init__(self):
+    def fail(key: str, what: str):
+      raise ValueError(f'model.{key}={getattr(self, key)!r}: {what}')
+
+    for key in ('num_layers', 'dim', 'num_heads', 'hidden_dim', 'unroll'):
+      if getattr(self, key) < 1:
+        fail(key, 'must be at least 1')
+    for key in ('vocab_size', 'num_kv_heads', 'head_dim', 'window'):
+      if getattr(self, key) < 0:
+        fail(key, 'must not be negative')
+    if not self.head_dim and self.dim % self.num_heads:
+      fail('num_heads', f'does not divide model.dim={self.dim}')
+    if self.num_heads % self.kv_heads:
+      fail('num_kv_heads', f'does not divide num_heads={self.num_heads}')
+    if self.head_size % 2:
+      fail('head_dim', 'must be even: RoPE rotates pairs')
+    for key, known in (
+      ('activation', ACTIVATIONS),
+      ('remat', REMAT),
+      ('rope_scaling', rope.SCALINGS),
+      ('dtype', ('float32', 'bfloat16', 'float16')),
+      ('attention', attention.IMPLEMENTATIONS),
+    ):
+      if getattr(self, key) not in known:
+        fail(key, f'choose one of {", ".join(map(repr, known))}')
+    if self.rope_scaling in ('llama3', 'yarn') and (
+      self.rope_original_length < 1
+    ):
+      fail('rope_original_length', f'{self.rope_scaling} needs it')
+
+  @property
+  def kv_heads(self) -> int:
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def head_size(self) -> int:
+    return self.head_dim or self.dim // self.num_heads
+
+  @property
+  def windows(self) -> tuple[int, ...]:
+    """Per layer: how many tokens it sees; 0 means all."""
+    pattern = self.window_pattern
+    return tuple(
+      self.window * bool(pattern[i % len(pattern)])
+      for i in range(self.num_layers)
+    )
+
+  @property
+  def scaling(self) -> rope.Scaling:
+    return rope.Scaling(
+      kind=self.rope_scaling,
+      factor=self.rope_factor,
+      original_length=self.rope_original_length,
+      low=self.rope_low,
+      high=self.rope_high,
+      beta_fast=self.rope_beta_fast,
+      beta_slow=self.rope_beta_slow,
+      attention_factor=self.rope_attention_factor,
+    )
+
+
+def rms_norm(
+  x: jax.Array, scale: jax.Array, eps: float, plus_one: bool
+) -> jax.Array:
+  """RMSNorm (arXiv 1910.07467, equation 4) over the last axis, in float32."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * (1.0 + scale if plus_one else scale)).astype(x.dtype)
+
+
+class Block(nn.Module):
+  """What attention and feed-forward share: norms, initialisers, dtype."""
+
+  config: Config
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    return jnp.dtype(self.config.dtype)
+
+  def matrix(self, name: str, shape: tuple[int, ...], output: bool = False):
+    """A weight; `output` ones write to the residual stream."""
+    config = self.config
+    if output and config.zero_init_output:
+      init = nn.initializers.zeros
+    else:
+      init = nn.initializers.normal(config.init_std)
+    return self.param(name, init, shape)
+
+  def normed(self, name: str, x: jax.Array) -> jax.Array:
+    config = self.config
+    start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
+    scale = self.param(name, start, x.shape[-1:])
+    return rms_norm(x, scale, config.norm_eps, config.norm_plus_one)
+
+
+class Attention(Block):
+  """Grouped-query attention (arXiv 2305.13245) with RoPE."""
+
+  @nn.compact
+  def __call__(
+    self, x_BLD, cos, sin, positions_BL, segment_ids_BL, window, cache
+  ):
+    config = self.config
+    dim, head = config.dim, config.head_size
+    h_BLD = self.normed('norm', x_BLD)
+
+    def project(name: str, heads: int) -> jax.Array:
+      weight = self.matrix(name, (dim, heads, head))
+      y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
+      if config.qkv_bias:
+        bias = nn.initializers.zeros
+        y = y + self.param(f'{name}_bias', bias, (heads, head)).astype(y.dtype)
+      if config.qk_norm and name != 'v':
+        y = self.normed(f'{name}_norm', y)
+      return y if name == 'v' else rope.rotate(y, cos, sin)
+
+    q_BLHK = project('q', config.num_heads)
+    k_BSGK = project('k', config.kv_heads)
+    v_BSGK = project('v', config.kv_heads)
+    segment_ids, positions = None, None
+    if cache is not None:
+      cache = {
+        'k': _write(cache['k'], k_BSGK, positions_BL[:, 0]),
+        'v': _write(cache['v'], v_BSGK, positions_BL[:, 0]),
+      }
+      k_BSGK, v_BSGK = cache['k'], cache['v']
+      slots_BS = jnp.arange(k_BSGK.shape[1])[None]
+      positions = (positions_BL, slots_BS)
+    elif segment_ids_BL is not None:
+      segment_ids = (segment_ids_BL, segment_ids_BL)
+    out_BLHK = attention.attend(
+      q_BLHK,
+      k_BSGK,
+      v_BSGK,
+      segment_ids=segment_ids,
+      positions=positions,
+      window=window,
+      soft_cap=config.attention_soft_cap,
+      scale=config.query_scale or head**-0.5,
+      implementation=config.attention,
+    )
+    weight = self.matrix('o', (config.num_heads, head, dim), output=True)
+    y_BLD = weights.einsum('BLHK,HKD->BLD', out_BLHK, weight, self.dtype)
+    if config.post_norms:
+      y_BLD = self.normed('post_norm', y_BLD)
+    return y_BLD, cache
+
+
+def _write(cache_BSGK, new_BLGK, start_B):
+  """Writes new keys or values into the slots from `start_B` on."""
+
+  def row(cache_SGK, new_LGK, start):
+    return jax.lax.dynamic_update_slice(
+      cache_SGK, new_LGK.astype(cache_SGK.dtype), (start, 0, 0)
+    )
+
+  return jax.vmap(row)(cache_BSGK, new_BLGK, start_B)
+
+
+class Mlp(Block):
+  """Gated feed-forward: SwiGLU or GeGLU (arXiv 2002.05202, equation 6)."""
+
+  @nn.compact
+  def __call__(self, x_BLD):
+    config = self.config
+    dim, hidden = config.dim, config.hidden_dim
+    h_BLD = self.normed('norm', x_BLD)
+    gate = self.matrix('gate', (dim, hidden))
+    up = self.matrix('up', (dim, hidden))
+    down = self.matrix('down', (hidden, dim), output=True)
+    a_BLF = weights.einsum('BLD,DF->BLF', h_BLD, gate, self.dtype)
+    b_BLF = weights.einsum('BLD,DF->BLF', h_BLD, up, self.dtype)
+    c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
+    y_BLD = weights.einsum('BLF,FD->BLD', c_BLF, down, self.dtype)
+    if config.post_norms:
+      y_BLD = self.normed('post_norm', y_BLD)
+    return y_BLD
+
+
+class Layer(nn.Module):
+  """One layer of the scan. `scanned` is what differs between layers."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x_BLD, scanned, positions_BL, segment_ids_BL, angles):
+    cache, window = scanned
+    local, whole = angles
+    if window is None:  # all layers are alike, and the window is static
+      window = self.config.windows[0] or None
+      angle = local if window else whole
+    else:
+      angle = jax.tree.map(
+        lambda a, b: jnp.where(window > 0, a, b), local, whole
+      )
+      window = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
+    y_BLD, cache = Attention(self.config, name='attention')(
+      x_BLD, *angle, positions_BL, segment_ids_BL, window, cache
+    )
+    x_BLD = x_BLD + y_BLD
+    x_BLD = x_BLD + Mlp(self.config, name='mlp')(x_BLD)
+    return sharding.constrain_activations(x_BLD), cache
+
+
+class Transformer(nn.Module):
+  """Tokens to the hidden states that the output head reads."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array | None = None,
+    segment_ids_BL: jax.Array | None = None,
+    cache: Cache | None = None,
+  ):
+    """Applies the network.
+
+    Args:
+      tokens_BL: int ids, each below `config.vocab_size`.
+      positions_BL: int positions for RoPE; by default 0, 1, … in each row.
+      segment_ids_BL: int; a token sees earlier tokens of its own segment.
+      cache: keys and values of earlier tokens (`init_cache`); each row's
+        tokens must then stand at consecutive positions, and see all slots
+        up to their own position.
+
+    Returns:
+      hidden_BLD after the final norm; with a cache, (hidden_BLD, new cache).
+    """
+    config = self.config
+    dtype = jnp.dtype(config.dtype)
+    init = nn.initializers.normal(config.init_std)
+    table = self.param('embedding', init, (config.vocab_size, config.dim))
+    if not config.tied:
+      self.param('head', init, (config.vocab_size, config.dim))
+    if positions_BL is None:
+      positions_BL = jnp.arange(tokens_BL.shape[1])[None]
+      positions_BL = jnp.broadcast_to(positions_BL, tokens_BL.shape)
+    x_BLD = sharding.replicate_columns(table)[tokens_BL].astype(dtype)
+    if config.scale_embedding:
+      x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
+    x_BLD = sharding.constrain_activations(x_BLD)
+    theta = (config.rope_local_theta or config.rope_theta, config.rope_theta)
+    angles = tuple(
+      rope.sinusoids(positions_BL, config.head_size, t, scaling)
+      for t, scaling in zip(
+        theta,
+        (rope.Scaling() if config.rope_local_theta else config.scaling,)
+        + (config.scaling,),
+        strict=True,
+      )
+    )
+    windows_N = None
+    if len(set(config.windows)) > 1:
+      windows_N = jnp.array(config.windows, jnp.int32)
+    layer = Layer
+    if config.remat != 'none':
+      layer = nn.remat(
+        Layer, policy=REMAT[config.remat], prevent_cse=False
+      )
+    stack = nn.scan(
+      layer,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=config.num_layers,
+      unroll=min(config.unroll, config.num_layers),
+    )
+    x_BLD, cache = stack(config, name='layers')(
+      x_BLD, (cache, windows_N), positions_BL, segment_ids_BL, angles
+    )
+    start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
+    scale = self.param('final_norm', start, (config.dim,))
+    x_BLD = rms_norm(x_BLD, scale, config.norm_eps, config.norm_plus_one)
+    return x_BLD if cache is None else (x_BLD, cache)
+
+  def init_params(self, key: jax.Array):
+    """A fresh parameter tree; trace it to create it sharded."""
+    return self.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+
+
+def head(params) -> jax.Array:
+  """The output head [V, D]: the embedding table where they are tied."""
+  return params['head'] if 'head' in params else params['embedding']
+
+
+def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
+  """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
+  table = sharding.replicate_columns(head(params))
+  result = jnp.einsum(
+    '...D,VD->...V',
+    hidden,
+    table.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  cap = config.logit_soft_cap
+  return cap * jnp.tanh(result / cap) if cap else result
+
+
+def init_cache(config: Config, batch: int, length: int) -> Cache:
+  """An empty cache for `batch` rows of up to `length` tokens."""
+  shape = (
+    config.num_layers, batch, length, config.kv_heads, config.head_size,
+  )  # fmt: skip
+  zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+  return {'k': zeros, 'v': zeros}

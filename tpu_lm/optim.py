@@ -1,0 +1,145 @@
+"""Optimizers by name, their schedules, and which weights decay.
+
+  adamw      Loshchilov and Hutter, arXiv 1711.05101
+  adafactor  Shazeer and Stern, arXiv 1804.04235 (no momentum)
+  lion       Chen et al., arXiv 2302.06675
+  muon       Jordan et al. 2024 for the hidden matrices, with AdamW at
+             `rest_learning_rate` for embeddings, head, norms and biases
+
+Weight decay is decoupled and scaled by the learning rate in all four; paths
+that match `no_decay` are left out. Gradient clipping is done by the loop,
+which knows the norm already.
+"""
+
+import re
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from tpu_lm.errors import UserError, nearest
+from tpu_lm.sharding import path_name
+
+# Which axes of a stacked hidden matrix are its inputs, and which its outputs.
+_MUON_AXES = (
+  (r'attention/(q|k|v)$', ((1,), (2, 3))),  # N D H K
+  (r'attention/o$', ((1, 2), (3,))),  # N H K D
+  (r'mlp/(gate|up|down)$', ((1,), (2,))),  # N D F, N F D
+)
+
+
+def _check(options: Any, steps: int) -> None:
+  """Refuses values that no optimizer can mean."""
+  positive = ('learning_rate', 'eps')
+  not_negative = ('warmup', 'weight_decay', 'clip', 'rest_learning_rate')
+  shares = ('b1', 'b2', 'momentum', 'final', 'decay')
+  for key, value in options.items():
+    if key in positive and not value > 0:
+      raise UserError(f'optimizer.{key}={value}: must be above 0')
+    if key in not_negative and not value >= 0:
+      raise UserError(f'optimizer.{key}={value}: must not be negative')
+    if key in shares and not 0 <= value <= 1:
+      raise UserError(f'optimizer.{key}={value}: must lie in 0 to 1')
+  if options.warmup >= steps > 0:
+    raise UserError(
+      f'optimizer.warmup={options.warmup}: must be less than steps={steps}'
+    )
+
+
+def make_schedule(options: Any, steps: int, peak: float) -> optax.Schedule:
+  """Warm-up from 0 to `peak`, then what `options.schedule` names.
+
+  cosine, linear: down to `final` times the peak at the last step. constant:
+  stays. wsd: stays, then falls linearly to `final` times the peak over the
+  last `decay` share of the steps (warm-up, stable, decay: arXiv 2404.06395).
+  """
+  rest = max(steps - options.warmup, 1)
+  low = options.final * peak
+  fall = max(round(options.decay * steps), 1)
+  after = {
+    'cosine': optax.cosine_decay_schedule(peak, rest, options.final),
+    'linear': optax.linear_schedule(peak, low, rest),
+    'constant': optax.constant_schedule(peak),
+    'wsd': optax.linear_schedule(peak, low, fall, max(rest - fall, 0)),
+  }
+  if options.schedule not in after:
+    raise UserError(
+      f'optimizer.schedule={options.schedule!r}: unknown'
+      f'{nearest(options.schedule, after)}; there are {", ".join(after)}'
+    )
+  # Step 1 already moves: the ramp starts at 1 / warmup, not at 0.
+  ramp = optax.linear_schedule(
+    peak / max(options.warmup, 1), peak, max(options.warmup - 1, 1)
+  )
+  return optax.join_schedules(
+    [ramp, after[options.schedule]], [options.warmup]
+  )
+
+
+def muon_axes(params: Any) -> Any:
+  """For each parameter its matrix axes under Muon, or None for AdamW."""
+
+  def axes(path, leaf):
+    name = path_name(path)
+    for pattern, (reduction, output) in _MUON_AXES:
+      if re.search(pattern, name) and leaf.ndim == 1 + len(reduction + output):
+        return contrib.MuonDimensionNumbers(reduction, output)
+    return None
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def make(
+  options: Any, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Makes the optimizer of the configuration's `optimizer` section.
+
+  Args:
+    options: the section; `config.base()` lists its keys.
+    steps: how many updates there will be, for the schedule.
+
+  Returns:
+    (transformation, the learning rate as a function of accepted updates)
+  """
+  _check(options, steps)
+  schedule = make_schedule(options, steps, options.learning_rate)
+
+  def decays(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: not re.search(options.no_decay, path_name(path)),
+      params,
+    )
+
+  b1, b2, eps = options.b1, options.b2, options.eps
+  decay = options.weight_decay
+  if options.name == 'adamw':
+    made = optax.adamw(
+      schedule, b1, b2, eps, weight_decay=decay, mask=decays
+    )
+  elif options.name == 'adafactor':
+    made = optax.chain(
+      optax.adafactor(schedule, multiply_by_parameter_scale=False),
+      optax.add_decayed_weights(lambda i: -decay * schedule(i), decays),
+    )
+  elif options.name == 'lion':
+    made = optax.lion(schedule, b1, b2, weight_decay=decay, mask=decays)
+  elif options.name == 'muon':
+    rest = options.rest_learning_rate or options.learning_rate
+    made = contrib.muon(
+      schedule,
+      beta=options.momentum,
+      eps=eps,
+      weight_decay=decay,
+      adam_b1=b1,
+      adam_b2=b2,
+      adam_learning_rate=make_schedule(options, steps, rest),
+      muon_weight_dimension_numbers=muon_axes,
+    )
+  else:
+    names = ('adamw', 'adafactor', 'lion', 'muon')
+    raise UserError(
+      f'optimizer.name={options.name!r}: unknown'
+      f'{nearest(options.name, names)}; there are {", ".join(names)}'
+    )
+  return made, schedule

@@ -1,0 +1,402 @@
+"""A configuration brought to life: all that the loop folds over.
+
+`Run` assembles mesh, data, tokenizer, model, stage, optimizer and state, and
+holds what the loop does between steps. `load` opens a working directory for
+those who only read it: generation, evaluation, export.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from tpu_lm import (
+  checkpoint,
+  devices,
+  flops,
+  metrics,
+  models,
+  optim,
+  sharding,
+  stage,
+  tokenizer,
+  train,
+  weights,
+  workdir as workdirs,
+)
+from tpu_lm import config as configs
+from tpu_lm.data import loader, prepare
+from tpu_lm.errors import UserError
+from tpu_lm.phases import Phases
+
+# Keys whose change makes another run of it: its state cannot be continued.
+_FIXED = ('seed', 'data.length', 'model', 'stage', 'trainable')
+_TRACED = (5, 10)  # steps after the start between which a profile is traced
+
+
+class Run:
+  """What one configuration does in one working directory."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    phases: Phases,
+    report: Callable[[str], None] = print,
+  ):
+    self.config, self.workdir, self.phases = config, workdir, phases
+    self.mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
+    self.root = jax.random.key(config.seed)
+    rows = prepared(config, workdir, phases, report)
+    self.tokenizer = tokenizer.load(rows)
+    self.model = models.make(
+      config.model_name,
+      config.model,
+      self.tokenizer.vocab_size,
+      config.data.length,
+    )
+    self.loader = open_rows(config, rows, 'train', self.model)
+    self.tx, self.schedule = optim.make(config.optimizer, config.steps)
+    self.checkpoints = checkpoint.Checkpoints(
+      workdir / 'checkpoints', keep=config.checkpoint.keep
+    )
+    self._check_workdir()
+    with phases('init'), jax.set_mesh(self.mesh):
+      self.first_step, self.state, self.frozen = self._start(report)
+      self.stage = stage.make(
+        config.stage_name,
+        self.model,
+        weights.combine(self.state.params, self.frozen),
+        config.stage,
+      )
+    self.update = jax.jit(
+      train.make_update(
+        self.stage.loss,
+        self.tx,
+        self.schedule,
+        microbatches=config.microbatches,
+        clip=config.optimizer.clip,
+        spike_factor=config.guard.spike_factor,
+      ),
+      donate_argnums=0,
+    )
+    self.evals = [
+      stage.find('tpu_lm.evals', name, 'evals').make(self, rows)
+      for name in config.evals
+    ]
+    self._open_metrics()
+
+  def _open_metrics(self) -> None:
+    config = self.config
+    tokens = config.batch_size * config.data.length
+    a_token = flops.train_per_token(self.model.config, config.data.length)
+    self.writer = metrics.Writer(
+      self.workdir,
+      self.first_step,
+      config.steps,
+      tokens,
+      tokens * a_token,
+      stage=config.stage_name,
+      tensorboard=config.tensorboard,
+      process_index=jax.process_index(),
+    )
+
+  def _check_workdir(self) -> None:
+    """Refuses a directory of another run; says what changed harmlessly."""
+    path = self.workdir / 'config.json'
+    if path.exists() and self.checkpoints.steps():
+      old = configs.flatten(configs.read(path))
+      new = configs.flatten(self.config)
+      for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if before != now and key.startswith(_FIXED):
+          raise UserError(
+            f'{self.workdir}: was made with {key}={before!r}, not {now!r}; '
+            f'give another --workdir, or the same {key}'
+          )
+    if jax.process_index() == 0:
+      workdirs.write_json(path, json.loads(self.config.to_json()))
+      self.tokenizer.save(self.workdir / 'tokenizer')
+
+  # What it starts from: its own directory, init_from, or scratch.
+
+  def _fresh(self, key: jax.Array) -> tuple[train.State, Any]:
+    params = self.model.init_params(key)
+    trainable, frozen = weights.partition(params, self.config.trainable)
+    state = train.init(trainable, self.tx, self.config.guard.window)
+    return state, frozen
+
+  def _start(self, report) -> tuple[int, train.State, Any]:
+    try:
+      shapes = jax.eval_shape(self._fresh, self.root)
+    except ValueError as error:
+      raise UserError(f'trainable: {error}') from error
+    state, frozen = sharding.abstract(shapes, self.mesh)
+    whole = state._replace(params=weights.combine(state.params, frozen))
+    restored = self.checkpoints.restore(whole)
+    if restored is not None:
+      self._check_data(restored.meta)
+      report(f'continues from step {restored.step:,} of {self.workdir}')
+      params = self._split(restored.state.params)
+      return restored.step, restored.state._replace(params=params[0]), params[1]
+    if self.config.init_from:
+      params = self._initial(report, whole.params)
+      trainable, frozen = self._split(params)
+      places = jax.tree.map(lambda leaf: leaf.sharding, state)
+      begin = jax.jit(
+        lambda p: train.init(p, self.tx, self.config.guard.window),
+        out_shardings=places,
+      )
+      return 0, begin(trainable), frozen
+    places = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen))
+    return 0, *jax.jit(self._fresh, out_shardings=places)(self.root)
+
+  def _split(self, params: Any) -> tuple[Any, Any]:
+    return weights.partition(params, self.config.trainable)
+
+  def _initial(self, report, abstract: Any) -> Any:
+    other = pathlib.Path(self.config.init_from)
+    if not (other / 'checkpoints').is_dir():
+      raise UserError(
+        f'init_from={self.config.init_from}: no working directory with '
+        'checkpoints'
+      )
+    theirs = tokenizer.load(other / 'tokenizer')
+    if theirs.digest != self.tokenizer.digest:
+      raise UserError(
+        f'init_from={other}: has another tokenizer; set --config.data.'
+        f'tokenizer={other}/tokenizer/tokenizer.json'
+      )
+    step, params, _ = checkpoint.restore_params(other / 'checkpoints', abstract)
+    report(f'starts from the parameters of {other}, step {step:,}')
+    return params
+
+  def _check_data(self, meta: dict) -> None:
+    before, now = meta['fingerprint'], self.loader.manifest.fingerprint
+    if before != now:
+      raise UserError(
+        f'{self.workdir}: was trained on other data (fingerprint '
+        f'{before[:12]}, now {now[:12]}); give the same data.* keys and '
+        'files, or another --workdir'
+      )
+
+  # What the loop does between steps.
+
+  def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+    return self.loader.prefetch(first)
+
+  def put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return sharding.put_batch(rows, self.mesh)
+
+  def must_stop(self, step: int, state: train.State) -> bool:
+    """Whether a signal came; also tells the watcher what it may save."""
+
+    def save():
+      self._save(step, state, None)
+      self.checkpoints.wait()
+
+    self.phases.boundary(save if step else None)
+    return self.stop_requested(step)
+
+  def stop_requested(self, step: int) -> bool:
+    """Whether a signal came to any process; they agree on it."""
+    mine = self.phases.stop_requested
+    if jax.process_count() == 1:
+      return mine
+    if step % self.config.log_every:  # to ask all of them takes a while
+      return False
+    return bool(multihost_utils.process_allgather(np.array(mine)).any())
+
+  def stop_evaluation(self) -> bool:
+    # Several processes must agree, and to ask after each batch takes long.
+    return jax.process_count() == 1 and self.phases.stop_requested
+
+  def must_evaluate(self, step: int) -> bool:
+    every = self.config.eval_every
+    return self._is_last(step) or (every > 0 and step % every == 0)
+
+  def must_save(self, step: int) -> bool:
+    return self._is_last(step) or step % self.config.checkpoint.every == 0
+
+  def _is_last(self, step: int) -> bool:
+    return step == self.config.steps
+
+  def report(self, step: int, values: dict, rows: dict) -> None:
+    """Writes the metrics of a step; ends a run that only skips."""
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    bad = values.pop('bad_in_a_row')
+    if bad >= self.config.guard.bad_in_a_row:
+      names = ', '.join(map(str, self.loader.rows(step - 1)))
+      raise UserError(
+        f'step {step}: loss or gradient was not finite, or a spike, '
+        f'{bad:.0f} steps in a row (loss {values["loss"]:.4g}, gradient norm '
+        f'{values["gradient_norm"]:.4g}); the rows of this step are {names}; '
+        'look at them with `tpu_lm check`, or lower optimizer.learning_rate'
+      )
+    if step % self.config.log_every == 0 or self._is_last(step):
+      # Of the rows of this process: it tells if two runs saw the same data.
+      values['rows_crc'] = zlib.crc32(rows['tokens'].tobytes())
+      self.writer.update(step, 'train', values)
+
+  @contextlib.contextmanager
+  def _aside(self, phase: str) -> Iterator[None]:
+    """A phase whose time is no part of the training speed."""
+    start = time.perf_counter()
+    with self.phases(phase):
+      yield
+    self.writer.exclude(time.perf_counter() - start)
+
+  def evaluate(self, step: int, state: train.State) -> dict | None:
+    """The held-out figures at `step`, written; None: stopped in between."""
+    if self.writer.has(step, 'heldout'):
+      return None
+    scores = {}
+    with self._aside('evaluate'):
+      params = weights.combine(state.params, self.frozen)
+      for evaluate in self.evals:
+        found = evaluate(params)
+        if found is None:
+          return None
+        scores |= found
+    self.writer.update(step, 'heldout', scores)
+    return scores
+
+  def save(self, step: int, state: train.State, scores: dict | None) -> None:
+    with self._aside('save'):
+      self._save(step, state, scores)
+
+  def _save(self, step: int, state: train.State, scores: dict | None) -> None:
+    whole = state._replace(params=weights.combine(state.params, self.frozen))
+    meta = {
+      'fingerprint': self.loader.manifest.fingerprint,
+      'tokenizer': self.tokenizer.digest,
+      'seed': self.config.seed,
+    }
+    self.checkpoints.save(step, whole, meta, scores)
+
+  def trace(self, step: int) -> None:
+    """Starts and ends the trace that `profile` asks for."""
+    if not self.config.profile:
+      return
+    start, end = (self.first_step + n for n in _TRACED)
+    folder = self.workdir / 'profile'
+    if step > end:
+      return
+    if step == start:
+      jax.profiler.start_trace(str(folder))
+    elif step == end or (self._is_last(step) and step > start):
+      jax.profiler.stop_trace()
+      self.writer.note(f'profile of steps {start + 1} to {step}: {folder}')
+
+  def close(self) -> None:
+    """Waits for what is still being written."""
+    with self.phases('save'):
+      self.checkpoints.close()
+    self.writer.close()
+
+
+def data_dir(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """Where the prepared rows of a run lie."""
+  return pathlib.Path(config.data.dir or workdir / 'data')
+
+
+def prepared(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  phases: Phases,
+  report: Callable[[str], None],
+) -> pathlib.Path:
+  """The folder of prepared rows, made by process 0 if it is missing."""
+  with phases('prepare'):
+    make = functools.partial(
+      prepare.prepare, config, data_dir(config, workdir)
+    )
+    found = make(report) if jax.process_index() == 0 else None
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices('prepared')
+    return (found or make(lambda _: None)).directory
+
+
+def open_rows(
+  config: ConfigDict, rows: pathlib.Path, split: str, model: Any
+) -> loader.Loader:
+  """This process's part of a split; held-out rows come once, in order."""
+  return loader.Loader(
+    rows,
+    split,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    vocab_size=model.config.vocab_size,
+    shuffle=split == 'train',
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+
+
+def execute(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  report: Callable[[str], None] = print,
+) -> dict[str, float]:
+  """Trains to the last step or a signal; returns the last held-out figures."""
+  workdir = pathlib.Path(workdir)
+  devices.require(config.platform)
+  with (
+    workdirs.lock(workdir),
+    Phases(watchdog_seconds=config.watchdog) as phases,
+  ):
+    phases.install()
+    run = Run(config, workdir, phases, report)
+    try:
+      with jax.set_mesh(run.mesh):
+        train.fold(run)
+    finally:
+      run.close()
+    if phases.stop_requested:
+      report(f'stopped by {phases.signal_name}; the same command goes on')
+    lines = metrics.read(workdir / 'metrics.jsonl')
+    heldout = [line for line in lines if line['split'] == 'heldout']
+    return heldout[-1] if heldout else {}
+
+
+class Loaded(NamedTuple):
+  """What reading commands need of a working directory."""
+
+  config: ConfigDict
+  tokenizer: Any
+  model: Any
+  params: Any
+  step: int
+  mesh: Any
+
+
+def load(workdir: pathlib.Path) -> Loaded:
+  """Opens a working directory to read it, on the devices that are here."""
+  workdir = pathlib.Path(workdir)
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise UserError(
+      f'--workdir={workdir}: no config.json there, so nothing was trained in '
+      'it; give the --workdir of a `tpu_lm train`'
+    )
+  config = configs.read(path)
+  tokens = tokenizer.load(workdir / 'tokenizer')
+  model = models.make(
+    config.model_name, config.model, tokens.vocab_size, config.data.length
+  )
+  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'data': -1})
+  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
+  step, params, _ = checkpoint.restore_params(
+    workdir / 'checkpoints', sharding.abstract(shapes, mesh)
+  )
+  return Loaded(config, tokens, model, params, step, mesh)

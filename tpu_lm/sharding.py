@@ -1,0 +1,183 @@
+"""The device mesh, and where every array lies on it.
+
+Mesh axes: `data` (replicas), `fsdp` (replicas that also share out the
+parameters), `tensor` (heads and hidden units), `sequence` (positions of the
+activations), `expert` (reserved for mixtures of experts). Axes of size 1 cost
+nothing.
+
+One table of (pattern, spec) says how a parameter is laid out; optimizer state
+follows its parameter, since its paths end in the parameter's path.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tpu_lm.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
+BATCH = ('data', 'fsdp')  # the axes that share out a batch's rows
+
+# The first pattern that is found in the path decides. Leading N: layers.
+RULES = (
+  (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),  # V D
+  (r'attention/(q|k|v)$', P(None, 'fsdp', 'tensor', None)),  # N D H K
+  (r'attention/(q|k|v)_bias$', P(None, 'tensor', None)),  # N H K
+  (r'attention/o$', P(None, 'tensor', None, 'fsdp')),  # N H K D
+  (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor')),  # N D F
+  (r'mlp/down$', P(None, 'tensor', 'fsdp')),  # N F D
+)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """'layers/attention/q' for a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
+  """Makes the mesh; a size of -1 (one axis at most) takes what is left.
+
+  Raises:
+    UserError: the sizes do not make up the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {axis: sizes[axis] for axis in AXES}
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise UserError(f'mesh.{axis}={size}: give a size of at least 1, or -1')
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise UserError(
+      f'mesh.{free[1]}=-1: only one axis may take what is left, and '
+      f'mesh.{free[0]} does already'
+    )
+  taken = int(np.prod([size for size in sizes.values() if size != -1]))
+  product = ' x '.join(f'{a}={n}' for a, n in sizes.items() if n not in (1, -1))
+  if free and taken <= len(devices) and len(devices) % taken == 0:
+    sizes[free[0]] = len(devices) // taken
+  elif free or taken > len(devices):
+    raise UserError(
+      f'mesh: {product} needs {taken} devices or a multiple, and there are '
+      f'{len(devices)} {devices[0].platform} devices; lower one of them'
+    )
+  shape = tuple(sizes.values())
+  return jax.make_mesh(
+    shape,
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[: int(np.prod(shape))],
+  )
+
+
+def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+  """Refuses a batch that cannot be divided."""
+  if microbatches < 1 or batch_size % microbatches:
+    raise UserError(
+      f'microbatches={microbatches}: must divide batch_size={batch_size}'
+    )
+  rows, parts = batch_size // microbatches, num_batch_shards(mesh)
+  if rows % parts:
+    raise UserError(
+      f'batch_size={batch_size}: {rows} rows a microbatch cannot be divided '
+      f'by mesh.data x mesh.fsdp = {parts}; make batch_size a multiple of '
+      f'{parts * microbatches}'
+    )
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+  """Into how many parts the mesh divides a batch's rows."""
+  return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The spec of the array called `name` (a path, or one that ends in it).
+
+  A dimension that its axis does not divide stays whole, but for `tensor`
+  over heads and hidden units, where that would undo what was asked for.
+
+  Raises:
+    UserError: `tensor` does not divide what it must.
+  """
+  for pattern, spec in RULES:
+    if not re.search(pattern, name) or len(spec) != len(shape):
+      continue
+    axes = []
+    for axis, size in zip(spec, shape, strict=True):
+      divides = axis is None or size % mesh.shape[axis] == 0
+      if not divides and axis == 'tensor' and len(shape) > 2:
+        raise UserError(
+          f'mesh.tensor={mesh.shape[axis]}: does not divide the {size} '
+          f'heads or hidden units of {name}'
+        )
+      axes.append(axis if divides else None)
+    return P(*axes)
+  return P()
+
+
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
+  """The sharding of every leaf of an abstract tree (shapes)."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(
+      mesh, spec_of(path_name(path), leaf.shape, mesh)
+    ),
+    tree,
+  )
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+  """`tree` (of shapes) with its shardings; a target to restore onto."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    tree,
+    shardings_of(tree, mesh),
+  )
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """Lays this process's rows of a batch out over the mesh, rows divided."""
+
+  def put(rows: np.ndarray) -> jax.Array:
+    place = NamedSharding(mesh, P(BATCH, *(None,) * (rows.ndim - 1)))
+    return jax.make_array_from_process_local_data(place, rows)
+
+  return {name: put(rows) for name, rows in batch.items()}
+
+
+def _constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """A sharding constraint under a mesh; nothing outside of one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  # A leading size 1 (initialisation) or a ragged one stays whole.
+  spec = []
+  for axis, size in zip(axes, x.shape, strict=True):
+    names = (axis,) if isinstance(axis, str) else (axis or ())
+    parts = int(np.prod([mesh.shape[name] for name in names]))
+    spec.append(axis if size % parts == 0 else None)
+  return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def splits_sequence() -> bool:
+  """Whether the mesh in force divides the positions of activations."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape['sequence'] > 1
+
+
+def constrain_activations(x_BLD: jax.Array) -> jax.Array:
+  """Rows over data and fsdp, positions over sequence, the model whole."""
+  return _constrain(x_BLD, BATCH, 'sequence', None)
+
+
+def replicate_columns(table_VD: jax.Array) -> jax.Array:
+  """Gathers the columns of a table before its rows are looked up.
+
+  Without this XLA falls back to rematerialising the whole table.
+  """
+  return _constrain(table_VD, 'tensor', None)
+

@@ -1,0 +1,148 @@
+"""The one loop: a run is a fold of `update` over batches.
+
+`update` is jitted once, sharded over the mesh, and donates the state. What is
+trained, on which data and with which loss is the `Run`'s business (run.py).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tpu_lm import guard as guards
+from tpu_lm import weights
+from tpu_lm.stage import LossFn, Mean
+
+
+class State(NamedTuple):
+  """What an update reads and writes; all of it is checkpointed."""
+
+  step: jax.Array  # int32 [], batches seen, the skipped ones included
+  params: Any  # what is trained
+  optimizer: Any
+  guard: guards.Guard
+
+
+def init(params: Any, tx: optax.GradientTransformation, window: int) -> State:
+  """The state before the first step."""
+  step = jnp.zeros((), jnp.int32)
+  return State(step, params, tx.init(params), guards.init(window))
+
+
+def summed_gradients(
+  loss: LossFn, params, frozen, batch, key, microbatches: int
+) -> tuple[Any, Mean, dict[str, Mean]]:
+  """Gradients and losses as sums over all microbatches, not yet divided.
+
+  Totals and weights add up exactly under ragged masks; means would not.
+  """
+
+  def total(params, part, key):
+    mean, metrics = loss(weights.combine(params, frozen), part, key)
+    return mean.total, (mean, metrics)
+
+  gradient = jax.grad(total, has_aux=True)
+  if microbatches == 1:
+    grads, (mean, metrics) = gradient(params, batch, key)
+    return grads, mean, metrics
+
+  # Row r goes to microbatch r % M, so that each device keeps its own rows.
+  parts = jax.tree.map(
+    lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+  )
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(
+    jnp.arange(microbatches)
+  )
+
+  def add(sums, part_and_key):
+    new = gradient(params, *part_and_key)
+    return jax.tree.map(jnp.add, sums, new), None
+
+  shapes = jax.eval_shape(gradient, params, batch, key)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  (grads, (mean, metrics)), _ = jax.lax.scan(add, zeros, (parts, keys))
+  return grads, mean, metrics
+
+
+def make_update(
+  loss: LossFn,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  microbatches: int,
+  clip: float,
+  spike_factor: float,
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """Makes `update(state, frozen, batch, key) -> (state, metrics)`."""
+
+  def update(state: State, frozen, batch, key):
+    grads, mean, metrics = summed_gradients(
+      loss, state.params, frozen, batch, key, microbatches
+    )
+    # A batch without targets has no gradient: NaN here, skipped below.
+    grads = jax.tree.map(lambda g: g / mean.weight, grads)
+    value = mean.total / mean.weight
+    norm = optax.tree.norm(grads)
+    ok, guard = guards.judge(state.guard, value, norm, spike_factor)
+    if clip:
+      scale = jnp.minimum(1.0, clip / (norm + 1e-6))
+      grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, optimizer = tx.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, optimizer = guards.select(
+      ok, (params, optimizer), (state.params, state.optimizer)
+    )
+    report = {name: m.total / m.weight for name, m in metrics.items()}
+    report |= {
+      'loss': value,
+      'targets': mean.weight,
+      'gradient_norm': norm,
+      'learning_rate': schedule(state.guard.accepted),
+      'skipped': guard.skipped,
+      'bad_in_a_row': guard.in_a_row,
+    }
+    return State(state.step + 1, params, optimizer, guard), report
+
+  return update
+
+
+def fold(run: Any) -> State:
+  """Trains `run` from where it stands to its last step, or to a signal.
+
+  The metrics of a step are read after the next one has been dispatched, so
+  that the device does not wait for the host. A step's lines of metrics are
+  written before its checkpoint, and lines beyond the checkpoint are dropped
+  on resume, so that a run that was killed tells the same story.
+  """
+  state, first, pending = run.state, run.first_step, None
+  batches = run.batches(first)
+  if first and run.must_evaluate(first) and not run.must_stop(first, state):
+    run.evaluate(first, state)  # unless its line was written before the kill
+  for step in range(first + 1, run.config.steps + 1):
+    if run.must_stop(step - 1, state):
+      if pending:
+        run.report(*pending)
+      run.save(step - 1, state, None)
+      break
+    with run.phases('data'):
+      rows = next(batches)
+      batch, key = run.put(rows), jax.random.fold_in(run.root, step)
+    with run.phases('step' if pending else 'compile'):
+      params = weights.combine(state.params, run.frozen)
+      for part in run.stage.prepare(params, batch, key):
+        state, metrics = run.update(state, run.frozen, part, key)
+      if pending:
+        run.report(*pending)
+    pending = (step, metrics, rows)
+    run.trace(step)
+    evaluates, saves = run.must_evaluate(step), run.must_save(step)
+    if evaluates or saves:
+      run.report(*pending)
+      scores = None
+      if evaluates and not run.must_stop(step, state):
+        scores = run.evaluate(step, state)
+      if saves:
+        run.save(step, state, scores)
+  return state
