@@ -44,6 +44,7 @@ setuptools.setup(
     'hf': ['datasets>=4.0'],
     'tensorboard': ['tensorboardX>=2.6'],
     'dev': [
+      'datasets>=4.0',
       'ipykernel>=6',
       'matplotlib>=3.9',
       'nbclient>=0.10',

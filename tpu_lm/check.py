@@ -122,9 +122,10 @@ def gradient_of(
   with jax.set_mesh(mesh):
     places = sharding.shardings_of(params, mesh)
     placed = jax.tree.map(jax.device_put, params, places)
+    frozen = jax.tree.map(lambda _: None, params)  # nothing is
     grads, mean, _ = jax.jit(
       lambda params, batch: train.summed_gradients(
-        loss, params, None, batch, jax.random.key(0), microbatches
+        loss, params, frozen, batch, jax.random.key(0), microbatches
       )
     )(placed, sharding.put_batch(batch, mesh))
     weight = float(mean.weight)

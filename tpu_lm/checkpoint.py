@@ -152,9 +152,10 @@ class Checkpoints:
         'caller': meta or {},
       }
       self._metrics[step] = _number(content['metrics'], self._best_key)
+      self._writing = step
+      self._probe()
       if self._manager is None:
         self._manager = self._make_manager()
-      self._writing = step
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -299,10 +300,7 @@ class Checkpoints:
     """Removes left-overs, and sets aside what is plainly no checkpoint."""
     if jax.process_index() == 0:
       try:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        probe = self.directory / f'probe{_TEMPORARY}'
-        probe.write_text('')
-        probe.unlink()
+        self._probe()
       except OSError as e:
         raise UserError(
           f'{self.directory}: cannot be written ({e.strerror}); give another'
@@ -320,6 +318,17 @@ class Checkpoints:
       fault = stored_step.fault(folder, thorough=False)
       if fault is not None:
         self._report(step, fault)
+
+  def _probe(self) -> None:
+    """Raises OSError where nothing can be written.
+
+    Orbax, when it cannot make its folder, waits for minutes before it says so.
+    """
+    if jax.process_index() == 0:
+      probe = self.directory / f'probe{_TEMPORARY}'
+      probe.mkdir(parents=True, exist_ok=True)
+      (probe / 'file').write_bytes(bytes(4096))
+      probe.rmtree()
 
   def _remove_temporary(self) -> list[epath.Path]:
     if jax.process_index() != 0 or not self.directory.is_dir():

@@ -117,9 +117,11 @@ def doctor(args: argparse.Namespace, overrides: list) -> int:
 
 def quickstart(args: argparse.Namespace, overrides: list) -> int:
   """Takes a tiny model through its whole life on this machine."""
+  from tpu_lm import devices
   from tpu_lm import quickstart as quickstarts
 
-  quickstarts.run(args.workdir, overrides)
+  devices.set_up()
+  quickstarts.execute(args.workdir, overrides)
   return 0
 
 

@@ -7,10 +7,11 @@
              `rest_learning_rate` for embeddings, head, norms and biases
 
 Weight decay is decoupled and scaled by the learning rate in all four; paths
-that match `no_decay` are left out. Gradient clipping is done by the loop,
-which knows the norm already.
+that match `no_decay` are left out, and so is all that Muon leaves to AdamW.
+Gradient clipping is done by the loop, which knows the norm already.
 """
 
+import math
 import re
 from typing import Any
 
@@ -33,14 +34,28 @@ def _check(options: Any, steps: int) -> None:
   """Refuses values that no optimizer can mean."""
   positive = ('learning_rate', 'eps')
   not_negative = ('warmup', 'weight_decay', 'clip', 'rest_learning_rate')
-  shares = ('b1', 'b2', 'momentum', 'final', 'decay')
+  shares = ('final', 'decay')
+  averages = ('b1', 'b2', 'momentum')
   for key, value in options.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f'optimizer.{key}={value}: must be finite')
     if key in positive and not value > 0:
       raise UserError(f'optimizer.{key}={value}: must be above 0')
     if key in not_negative and not value >= 0:
       raise UserError(f'optimizer.{key}={value}: must not be negative')
     if key in shares and not 0 <= value <= 1:
       raise UserError(f'optimizer.{key}={value}: must lie in 0 to 1')
+    if key in averages and not 0 <= value < 1:
+      raise UserError(
+        f'optimizer.{key}={value}: must be at least 0 and below 1'
+      )
+  try:
+    re.compile(options.no_decay)
+  except re.error as error:
+    raise UserError(
+      f'optimizer.no_decay={options.no_decay!r}: no regular expression '
+      f'({error})'
+    ) from error
   if options.warmup >= steps > 0:
     raise UserError(
       f'optimizer.warmup={options.warmup}: must be less than steps={steps}'
@@ -50,18 +65,19 @@ def _check(options: Any, steps: int) -> None:
 def make_schedule(options: Any, steps: int, peak: float) -> optax.Schedule:
   """Warm-up from 0 to `peak`, then what `options.schedule` names.
 
-  cosine, linear: down to `final` times the peak at the last step. constant:
-  stays. wsd: stays, then falls linearly to `final` times the peak over the
-  last `decay` share of the steps (warm-up, stable, decay: arXiv 2404.06395).
+  cosine, linear: down towards `final` times the peak, which the step after the
+  last one would have, so that none is wasted on a rate of 0. constant: stays.
+  wsd: stays, then falls linearly as far over the last `decay` share of the
+  steps (warm-up, stable, decay: arXiv 2404.06395).
   """
   rest = max(steps - options.warmup, 1)
   low = options.final * peak
-  fall = max(round(options.decay * steps), 1)
+  fall = min(max(round(options.decay * steps), 1), rest)
   after = {
     'cosine': optax.cosine_decay_schedule(peak, rest, options.final),
     'linear': optax.linear_schedule(peak, low, rest),
     'constant': optax.constant_schedule(peak),
-    'wsd': optax.linear_schedule(peak, low, fall, max(rest - fall, 0)),
+    'wsd': optax.linear_schedule(peak, low, fall, rest - fall),
   }
   if options.schedule not in after:
     raise UserError(
@@ -105,10 +121,12 @@ def make(
   _check(options, steps)
   schedule = make_schedule(options, steps, options.learning_rate)
 
+  # '' is found in every path, and means that all decay.
+  no_decay = re.compile(options.no_decay or r'(?!)')
+
   def decays(params):
     return jax.tree_util.tree_map_with_path(
-      lambda path, _: not re.search(options.no_decay, path_name(path)),
-      params,
+      lambda path, _: not no_decay.search(path_name(path)), params
     )
 
   b1, b2, eps = options.b1, options.b2, options.eps
@@ -131,6 +149,7 @@ def make(
       beta=options.momentum,
       eps=eps,
       weight_decay=decay,
+      weight_decay_mask=decays,
       adam_b1=b1,
       adam_b2=b2,
       adam_learning_rate=make_schedule(options, steps, rest),

@@ -249,7 +249,7 @@ class Run:
       self.writer.update(step, 'train', values)
 
   @contextlib.contextmanager
-  def _aside(self, phase: str) -> Iterator[None]:
+  def aside(self, phase: str) -> Iterator[None]:
     """A phase whose time is no part of the training speed."""
     start = time.perf_counter()
     with self.phases(phase):
@@ -261,7 +261,7 @@ class Run:
     if self.writer.has(step, 'heldout'):
       return None
     scores = {}
-    with self._aside('evaluate'):
+    with self.aside('evaluate'):
       params = weights.combine(state.params, self.frozen)
       for evaluate in self.evals:
         found = evaluate(params)
@@ -272,7 +272,7 @@ class Run:
     return scores
 
   def save(self, step: int, state: train.State, scores: dict | None) -> None:
-    with self._aside('save'):
+    with self.aside('save'):
       self._save(step, state, scores)
 
   def _save(self, step: int, state: train.State, scores: dict | None) -> None:

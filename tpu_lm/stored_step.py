@@ -69,6 +69,36 @@ def content(folder: epath.Path) -> dict:
   return json.loads((folder / 'meta' / 'metadata').read_bytes())
 
 
+def arrays(folder: epath.Path) -> dict[str, tuple]:
+  """Returns shape, dtype, digest and raw bytes of every array of a step.
+
+  Needs neither the model nor its devices: for comparing checkpoints.
+
+  Raises:
+    UserError: the step is damaged.
+  """
+  if wrong := fault(folder):
+    raise UserError(f'{folder}: damaged: {wrong}')
+  found = {}
+  handler = ocp.PyTreeCheckpointHandler()
+  with ocp.Checkpointer(handler) as reader:
+    for item in ('params', 'state'):
+      path = folder / item
+      about = handler.metadata(path).tree
+      plain = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), about
+      )
+      tree = reader.restore(
+        path, args=ocp.args.PyTreeRestore(restore_args=plain)
+      )
+      for name, x in zip(names(tree), jax.tree.leaves(tree), strict=True):
+        name = f'params/{name}' if item == 'params' else name
+        found[name] = (x.shape, str(x.dtype), x.tobytes())
+  for name, known in content(folder)['arrays'].items():
+    found[f'{name} (digest)'] = tuple(map(str, known))
+  return found
+
+
 def _read(folder: epath.Path, target: Tree) -> Tree:
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
 

@@ -296,13 +296,12 @@ def _byte_vocab() -> dict[str, int]:
 def _byte_level(vocab: dict[str, int], split: bool) -> tokenizers.Tokenizer:
   """An own tokenizer without merges."""
   tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.BPE(vocab=vocab, merges=[]) if vocab
+    tokenizers.models.BPE(vocab=vocab, merges=[])
+    if vocab
     else tokenizers.models.BPE()
   )
   steps = [
-    tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False, use_regex=False
-    )
+    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   ]
   if split:
     pattern = tokenizers.Regex(LLAMA3_PATTERN)

@@ -129,7 +129,7 @@ def fold(run: Any) -> State:
     with run.phases('data'):
       rows = next(batches)
       batch, key = run.put(rows), jax.random.fold_in(run.root, step)
-    with run.phases('step' if pending else 'compile'):
+    with run.phases('step') if pending else run.aside('compile'):
       params = weights.combine(state.params, run.frozen)
       for part in run.stage.prepare(params, batch, key):
         state, metrics = run.update(state, run.frozen, part, key)

@@ -1,11 +1,17 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from tpu_lm import config as configs
+from tpu_lm import models, run, tokenizer
+from tpu_lm.data import prepare
 from tpu_lm.errors import UserError
 from tpu_lm.evals import bits_per_byte
+from tpu_lm.models import transformer
 
 # Ids 0 and 1 are special; 2, 3, 4 stand for 1, 2 and 5 bytes.
 TOKEN_BYTES = np.array([0, 0, 1, 2, 5], np.int32)
@@ -88,3 +94,79 @@ def test_a_stopped_evaluation_has_no_result():
 def test_rows_without_text_are_a_users_mistake(batches):
   with pytest.raises(UserError, match=r'held-out data: .* to score'):
     bits_per_byte.evaluate(totals, batches, TOKEN_BYTES)
+
+
+@pytest.fixture(scope='module')
+def loaded(tmp_path_factory):
+  """(working directory, what run.load gives) of a model by chance."""
+  workdir = tmp_path_factory.mktemp('run')
+  config = configs.base()
+  config.batch_size = 6  # eight devices must share the rows all the same
+  config.data.source = str(tiny.write_text(workdir / 'text.txt'))
+  config.data.length = tiny.LENGTH
+  config.data.tokenizer = 'byte'
+  found = prepare.prepare(config, run.data_dir(config, workdir), lambda _: 0)
+  tokens = tokenizer.load(found.directory)
+  tokens.save(workdir / 'tokenizer')
+  model = models.make('qwen3', tiny.SHAPE, tokens.vocab_size, tiny.LENGTH)
+  params = tiny.params(model)
+  mesh = tiny.mesh(data=8)
+  return workdir, run.Loaded(config, tokens, model, params, 0, mesh)
+
+
+def scores_of_text(loaded, text):
+  """(nats, bytes) of a document by rows of its own, without the loader."""
+  eot = loaded.tokenizer.eot_id
+  ids = [eot, *loaded.tokenizer.encode(text), eot]
+  nats = 0.0
+  for start in range(0, len(ids) - 1, tiny.LENGTH):
+    row = np.full((1, tiny.LENGTH + 1), eot)
+    part = ids[start : start + tiny.LENGTH + 1]
+    row[0, : len(part)] = part
+    logps = log_probabilities(loaded.model, loaded.params, row[:, :-1])
+    nats -= sum(logps[0, i, token] for i, token in enumerate(part[1:]))
+  return nats, len(text.encode())
+
+
+def log_probabilities(model, params, tokens_BL):
+  def compute(params, tokens_BL):
+    hidden_BLD = model.apply({'params': params}, tokens_BL)
+    logits_BLV = transformer.logits(model.config, params, hidden_BLD)
+    return jax.nn.log_softmax(logits_BLV)
+
+  return np.asarray(tiny.jit(compute)(params, tokens_BL), np.float64)
+
+
+def test_a_text_is_scored_whole_and_once(loaded, tmp_path, capsys):
+  workdir, loaded = loaded
+  text = 'Ada saw an oak — größer.\nBo saw a cat on day 7.\n'
+  (tmp_path / 'other.txt').write_text(text)
+  source = str(tmp_path / 'other.txt')
+  scores = bits_per_byte.score(loaded, workdir, source)
+  nats, size = scores_of_text(loaded, text)
+  assert scores['bytes'] == size
+  assert scores['tokens'] == size + 1
+  assert scores['loss'] == pytest.approx(nats / (size + 1), rel=1e-5)
+  assert capsys.readouterr().out == ''  # what is printed there is the result
+
+
+def test_the_heldout_split_is_the_default(loaded):
+  workdir, loaded = loaded
+  scores = bits_per_byte.score(loaded, workdir)
+  text = (workdir / 'text.txt').read_bytes()
+  assert 0 < scores['bytes'] < 0.2 * len(text)
+
+
+def test_device_and_host_count_the_same_targets(loaded):
+  _, loaded = loaded
+  rows = tiny.batch()
+  totals = bits_per_byte.totals_of(loaded.model, loaded.mesh)
+  _, weight = totals(loaded.params, rows)
+  assert weight == bits_per_byte.counted(rows).sum()
+
+
+def test_a_changed_text_with_another_tokenizer_is_refused(loaded, tmp_path):
+  workdir, loaded = loaded
+  other = tokenizer.train(['some other text'], 'bpe', 270)
+  with pytest.raises(UserError, match=r'has changed since .* --source=PATH'):
+    bits_per_byte.score(loaded._replace(tokenizer=other), workdir)

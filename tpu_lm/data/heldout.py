@@ -4,8 +4,9 @@
 floor(n (1 - share)) are trained on) and the last share of the records of every
 other source. `document` holds out the documents whose md5 is in the lowest
 share of its range: the same text is always on the same side, whatever the
-order or number of files. Where there are so few that none is, it is the one
-whose md5 is lowest. `auto` is tail for text files, document for records.
+order or number of files. Where there are so few that all are on one side, the
+lowest is held out, or the highest trained on. `auto` is tail for text files,
+document for records.
 """
 
 import fractions
@@ -14,7 +15,8 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tpu_lm.data.sources import Document, Reading, Source
+from tpu_lm.data.files import Document, Reading
+from tpu_lm.data.sources import Source
 from tpu_lm.errors import UserError, nearest
 
 RULES = ('auto', 'tail', 'document')
@@ -71,9 +73,7 @@ def divide(
   total = 0
   if by_number:
     counted = Reading(tolerant=reading.tolerant)
-    total = sum(
-      not document.is_file for document in source.documents(counted)
-    )
+    total = sum(not document.is_file for document in source.documents(counted))
   first_held_out = math.floor(total * _trained(rule)) if total else 0
   threshold = b'' if rule is None else _threshold(source, rule, reading)
   number = 0
@@ -96,24 +96,26 @@ def divide(
 def _threshold(source: Source, rule: Rule, reading: Reading) -> bytes:
   """The md5 below which a document is held out.
 
-  Reads no further than to the first document that is.
+  Reads no further than until there are documents on both sides.
   """
+  if rule.by == 'tail':
+    return b''
   share = fractions.Fraction(str(rule.share))
   threshold = int(share * 2**128).to_bytes(16, 'big')
-  if rule.by == 'tail':
-    return threshold
   found = set()
   for document in source.documents(Reading(tolerant=reading.tolerant)):
     if document.is_file and rule.by == 'auto':
       continue
     measured = measure(document)
-    if measured.blank:
-      continue
-    if measured.md5 < threshold:
-      return threshold
-    found.add(measured.md5)
-  # All but the lowest are trained on; of one document, none is held out.
-  return sorted(found)[1] if len(found) > 1 else threshold
+    if not measured.blank:
+      found.add(measured.md5)
+      if min(found) < threshold <= max(found):
+        return threshold
+  if len(found) < 2:
+    return b''  # of one document, none is held out
+  # All lie on one side: all but the lowest, or the highest alone, are trained
+  # on.
+  return sorted(found)[1] if min(found) >= threshold else max(found)
 
 
 def _trained(rule: Rule) -> fractions.Fraction:

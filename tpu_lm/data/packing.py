@@ -20,6 +20,7 @@ import numpy as np
 from tpu_lm.errors import UserError, nearest
 
 KINDS = ('best_fit', 'concat')
+_BLOCK = 1 << 20  # tokens that are laid at once
 
 
 class Plan(NamedTuple):
@@ -50,9 +51,7 @@ def check(kind: str) -> None:
     )
 
 
-def plan(
-  starts: np.ndarray, sizes: np.ndarray, length: int, kind: str
-) -> Plan:
+def plan(starts: np.ndarray, sizes: np.ndarray, length: int, kind: str) -> Plan:
   """Lays documents into rows, in the order given; deterministic.
 
   Args:
@@ -170,15 +169,31 @@ def rows(
   shape = (last - first, length + 1)
   tokens = np.full(shape, pad, stream.dtype)
   segments = np.zeros(shape, np.uint16)
-  begin, end = np.searchsorted(packed.row, [first, last])
+  # In blocks, as the index of a token takes four times its own memory.
+  step = max(1, _BLOCK // (length + 1))
+  for start in range(first, last, step):
+    block = slice(start - first, min(start + step, last) - first)
+    _lay(stream, packed, start, tokens[block], segments[block])
+  return tokens, segments
+
+
+def _lay(
+  stream: np.ndarray,
+  packed: Plan,
+  first: int,
+  tokens: np.ndarray,
+  segments: np.ndarray,
+) -> None:
+  """Fills both arrays with the rows from `first` on."""
+  num_rows, slots = tokens.shape
+  begin, end = np.searchsorted(packed.row, [first, first + num_rows])
   size = packed.size[begin:end]
   row = packed.row[begin:end] - first
   new_row = np.append(True, row[1:] != row[:-1])
   index = np.arange(len(row))
   number = index - np.maximum.accumulate(np.where(new_row, index, 0)) + 1
   within = _counting(size)
-  to = np.repeat(row * (length + 1) + packed.column[begin:end], size) + within
-  tokens.reshape(-1)[to] = stream[np.repeat(packed.start[begin:end], size)
-                                  + within]
+  to = np.repeat(row * slots + packed.column[begin:end], size) + within
+  taken = np.repeat(packed.start[begin:end], size) + within
+  tokens.reshape(-1)[to] = stream[taken]
   segments.reshape(-1)[to] = np.repeat(number, size)
-  return tokens, segments

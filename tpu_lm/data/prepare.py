@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 import tpu_lm
 from tpu_lm import tokenizer as tokenizer_lib
-from tpu_lm.data import heldout, manifest, packing, sources
+from tpu_lm.data import files, heldout, manifest, packing, sources
 from tpu_lm.errors import UserError
 
 SHARD_BYTES = 64 << 20  # of a shard's tokens
@@ -127,9 +127,10 @@ def _without_source(
   if not data.source or os.path.exists(data.source):
     return None
   for file in sorted(directory.glob(f'*/{manifest.FILE}')):
-    found = manifest.read(file.parent)
-    if found.content['asked'] == _asked(data):
-      return found
+    with contextlib.suppress(UserError):
+      found = manifest.read(file.parent)
+      if found.content['asked'] == _asked(data):
+        return found
   return None
 
 
@@ -233,9 +234,7 @@ class _Preparation:
     self._counts |= {'line_ends_changed': 0, 'byte_order_marks': 0}
     self._bad: list[str] = []
     self._tokenizer = self._make_tokenizer()
-    parts = [
-      self._part(i, part) for i, part in enumerate(self._source.parts())
-    ]
+    parts = [self._part(i, part) for i, part in enumerate(self._source.parts())]
     if self._heldout is not None:
       whole = sources.Part('heldout', 0.0, self._heldout)
       parts.append(self._part(len(parts), whole))
@@ -263,11 +262,11 @@ class _Preparation:
     self,
     source: sources.Source,
     rule: heldout.Rule | None,
-    reading: sources.Reading | None = None,
-  ) -> Iterator[tuple[str, sources.Document]]:
+    reading: files.Reading | None = None,
+  ) -> Iterator[tuple[str, files.Document]]:
     """`heldout.divide`; refuses too many bad records at the end."""
     if reading is None:
-      reading = sources.Reading()
+      reading = files.Reading()
     share = self.data.max_bad_share
     reading.tolerant = share > 0
     yield from heldout.divide(source, rule, reading)
@@ -294,16 +293,15 @@ class _Preparation:
       }
     return {'name': part.name, 'weight': part.weight, 'splits': splits}
 
-  def _tokenise(
-    self, part: sources.Part, streams: dict[str, _Stream]
-  ) -> None:
-    reading = sources.Reading()
+  def _tokenise(self, part: sources.Part, streams: dict[str, _Stream]) -> None:
+    reading = files.Reading()
     rule = self._rule if part.weight else None
     batch: list[tuple[_Stream, str, bytes | None, str]] = []
     size = 0
     for split, document in self._divided(part.source, rule, reading):
       if split == 'empty':
         self._counts['empty_skipped'] += 1
+        self._counts['documents'] -= 1
         continue
       stream = streams[split if part.weight else 'heldout']
       md5 = hashlib.md5()
@@ -319,7 +317,7 @@ class _Preparation:
           self._progress(streams)
       batch.append((stream, '', md5.digest(), document.origin))
     self._encode(batch)
-    self._counts['documents'] += sum(len(s.keys) for s in streams.values())
+    self._counts['documents'] += reading.records - reading.num_bad
     self._counts['bad_skipped'] += reading.num_bad
     self._counts['line_ends_changed'] += sum(reading.crlf.values())
     self._counts['byte_order_marks'] += len(reading.bom)
@@ -425,9 +423,7 @@ class _Preparation:
     }
     return content | {'fingerprint': manifest.fingerprint(content)}
 
-  def _summary(
-    self, content: dict[str, Any], seconds: float
-  ) -> Iterator[str]:
+  def _summary(self, content: dict[str, Any], seconds: float) -> Iterator[str]:
     """What the user is told: what was read, left out, and became of it."""
     made = manifest.Manifest(self.folder, content)
     counts, unknown = content['counts'], content['unknown_files']
@@ -437,8 +433,8 @@ class _Preparation:
     }
     yield (
       f'data: {self._source.name}: {counts["documents"]:,} documents, '
-      f'{total["text_bytes"] / 1e6:,.2f} MB of text, {total["tokens"]:,} tokens '
-      f'of {made.vocab_size:,} kinds, {seconds:.1f} s'
+      f'{total["text_bytes"] / 1e6:,.2f} MB of text, {total["tokens"]:,} '
+      f'tokens of {made.vocab_size:,} kinds, {seconds:.1f} s'
     )
     for key, what in (
       ('empty_skipped', 'empty documents skipped'),

@@ -53,6 +53,12 @@ class Teller:
     self.bits += choice.bits[i]
     return choice.options[i]
 
+  def tell(self, choice: Choice) -> str:
+    """Draws one of several texts, and writes it."""
+    text = self.choose(choice)
+    self.write(text)
+    return text
+
   @property
   def text(self) -> str:
     return ''.join(self.parts)
@@ -81,6 +87,22 @@ class _Replay(Teller):
     self.num_options.append(len(choice.options))
     self.bits += choice.bits[i]
     return choice.options[i]
+
+  def tell(self, choice: Choice) -> str:
+    """Skips at once what the text does not go on with."""
+    depth = len(self.num_options)
+    if self.target is not None:
+      found = [
+        i
+        for i, x in enumerate(choice.options)
+        if self.target.startswith(x, self.told)
+      ]
+      i = self.path[depth] if depth < len(self.path) else 0
+      following = [x for x in found if x >= i]
+      if not following:
+        raise _Astray
+      self.path[depth:] = [following[0], *self.path[depth + 1 :]]
+    return super().tell(choice)
 
   def _write(self, text: str):
     if self.target is not None and not self.target.startswith(text, self.told):

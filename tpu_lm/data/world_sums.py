@@ -62,3 +62,6 @@ def digits_question(operation: str, operands: Sequence[int]) -> str:
 def words_question(operation: str, operands: Sequence[int]) -> str:
   """Returns 'What is three plus four?'"""
   return f'What is {f" {operation} ".join(map(number_word, operands))}?'
+
+
+OPERATIONS, WEIGHTS = operations()

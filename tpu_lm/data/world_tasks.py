@@ -156,7 +156,7 @@ def _pools(world: World) -> dict[str, tuple[str, ...]]:
 
 def _of_numbers() -> Iterator[Question]:
   """Yields the arithmetic that documents show, and nothing larger."""
-  for (operation, operands), _ in zip(*world_sums.operations(), strict=True):
+  for operation, operands in world_sums.OPERATIONS:
     level = 3 if len(operands) == 3 else 1 + (max(operands) > 10)
     unordered = operands if operation == 'minus' else sorted(operands)
     key = '/'.join([operation, *map(str, unordered)])
@@ -361,7 +361,7 @@ def conversations(
 
 def _candidate(q: Question, uniform) -> str:
   """Draws an answer that is right or not, courteous or not, long or not."""
-  answer = q.answer if uniform() < 0.6 else _drawn(uniform, q.rivals)
+  answer = q.answer if uniform() < 0.75 else _drawn(uniform, q.rivals)
   manner = _drawn(uniform, (('',), COURTESIES, RUDENESSES))
   text = _drawn(uniform, manner) + q.sentence.format(answer)
   if uniform() < 0.3:

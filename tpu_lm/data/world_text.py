@@ -6,10 +6,11 @@ Each kind of document is a method of `Tale` that makes its choices through a
 
 import functools
 
-from tpu_lm.data import world_facts, world_forms, world_sums
+from tpu_lm.data import world_forms, world_sums
 from tpu_lm.data.world_facts import Person, Town, World
 from tpu_lm.data.world_grammar import Choice, Teller, Template, more
 
+SUBJECTS = ('S', 's', 'Ss', 'o')  # forms of P
 Scene = dict[str, str]  # what is bound, by slot: {'P': 'Clara', 'P.home': …}
 
 KINDS = {  # weight of each kind of document
@@ -29,8 +30,26 @@ ANY_FACT = Choice(list(world_forms.PERSON_FACTS.values()))
 WITH_HEAD = Choice([True, False], [2, 3])
 LIST_MARKS = Choice(['', '{}. ', '- '], [3, 2, 1])
 QUESTION_OR_SUM = Choice([True, False], [5, 1])
-SUM_QUESTIONS = Choice([world_sums.digits_question, world_sums.words_question])
-COUNTINGS = Choice([(a, b) for a in range(2, 11) for b in range(1, a)])
+EQUATIONS, SPOKEN, *_questions = (
+  Choice([told(*x) for x in world_sums.OPERATIONS], world_sums.WEIGHTS)
+  for told in (
+    world_sums.equation,
+    world_sums.spoken,
+    world_sums.digits_question,
+    world_sums.words_question,
+  )
+)
+SUM_QUESTIONS = Choice(
+  [x for choice in _questions for x in choice.options],
+  world_sums.WEIGHTS * len(_questions),
+)
+COUNTING = Template.parse('{P} had ')
+GIFT = Template.parse(' and gave {Q} ')
+BOTH = Template.parse(' and {Q} had ')
+AMOUNTS = [None] + [
+  Choice([str(n) for n in range(1, most + 1)]) for most in range(1, 11)
+]
+OWNED = Choice([str(n) for n in range(2, 11)])
 COUNTED = Choice(world_sums.COUNTABLES)
 GIVEN = Choice([True, False])
 
@@ -76,8 +95,13 @@ class Tale:
   `tell(teller)` tells one document. Its methods tell one of each kind.
   """
 
-  def __init__(self, world: World):
+  def __init__(
+    self,
+    world: World,
+    plain_slots: dict[str, list[str]] = world_forms.PLAIN_SLOTS,
+  ):
     self.world = world
+    self._foods = plain_slots['F']
     friend = {p.name: world.person[p.friend] for p in world.people}
     self._person = {
       slot: {
@@ -88,7 +112,7 @@ class Tale:
     self._towns = {t.name: self._town_scene(t) for t in world.towns}
     self._plain = {
       slot: Choice([{slot: x} for x in options])
-      for slot, options in world_forms.PLAIN_SLOTS.items()
+      for slot, options in plain_slots.items()
     }
     self._named = {
       name: scene | named(scene) for name, scene in self._person['P'].items()
@@ -103,7 +127,6 @@ class Tale:
     self._arithmetic = Choice(
       [self._equations, self._spoken, self._countings], [3, 3, 2]
     )
-    self._sums = Choice(*world_sums.operations())
     self._subjects: dict[str, Choice] = {}
     self._free = functools.cache(self._free)
     self._left = functools.cache(Choice)
@@ -124,8 +147,8 @@ class Tale:
       away = [p.home for p in world.people if p.name == bound[0]]
       return Choice([s for t, s in self._towns.items() if t not in away])
     if slot == 'G':
-      return Choice([{'G': x} for x in world_facts.FOODS if x != bound[0]])
-    scenes = self._person[slot].items()
+      return Choice([{'G': x} for x in self._foods if x != bound[0]])
+    scenes = (self._named if slot == 'P' else self._person[slot]).items()
     if slot in 'IV':
       local = {p.name for p in world.people if p.home == bound[0]}
       return Choice([s for p, s in scenes if (p in local) == (slot == 'I')])
@@ -136,27 +159,29 @@ class Tale:
     if slot in self._plain:
       return teller.choose(self._plain[slot])
     get = scene.get
+    slot = 'P' if slot in SUBJECTS else slot
     if slot in 'PQR':
       choice = self._free(slot, get('P'), get('Q'), get('R'))
     else:
       choice = self._free(slot, get({'T': 'P', 'G': 'F'}.get(slot, 'T')))
     return teller.choose(choice)
 
-  def fill(self, teller: Teller, template: Template, scene: Scene) -> None:
-    """Writes a template; what it binds holds for this template only."""
+  def fill(self, teller: Teller, template: Template, scene: Scene) -> Scene:
+    """Writes a template; returns a new scene, with what it has bound."""
     scene = scene.copy()
     write = teller.write
     for literal, slot, base in template.pieces:
       if literal:
         write(literal)
       if slot:
-        if base not in scene:
+        if slot not in scene:
           scene.update(self._binding(teller, base, scene))
         write(scene[slot])
+    return scene
 
-  def say(self, teller: Teller, choice: Choice, scene: Scene) -> None:
-    """Chooses a template and writes it."""
-    self.fill(teller, teller.choose(choice), scene)
+  def say(self, teller: Teller, choice: Choice, scene: Scene) -> Scene:
+    """Chooses a template and writes it; returns as `fill` does."""
+    return self.fill(teller, teller.choose(choice), scene)
 
   def bind(self, teller: Teller, scene: Scene, slots: str) -> Scene:
     """Returns the scene with free slots drawn, for the rest of a document."""
@@ -221,10 +246,11 @@ class Tale:
 
   def story(self, teller: Teller) -> None:
     """Someone goes to a town, meets someone, they talk and trade."""
-    scene = self.bind(teller, {}, 'PTQ')
-    self.say(teller, world_forms.STORY_OPENINGS, scene)
+    told = self.say(teller, world_forms.STORY_OPENINGS, {})
+    scene = self._named[told['P']] | self._towns[told['T']]
     teller.write(' ')
-    self.say(teller, world_forms.STORY_MEETINGS, scene)
+    told = self.say(teller, world_forms.STORY_MEETINGS, scene)
+    scene = scene | self._person['Q'][told['Q']]
     told = 0
     while more(teller, told, 2, 6):
       teller.write(' ')
@@ -235,8 +261,7 @@ class Tale:
 
   def letter(self, teller: Teller) -> None:
     """A letter from one to another."""
-    scene = self.bind(teller, {}, 'PQ')
-    self.fill(teller, world_forms.LETTER_OPENING, scene)
+    scene = self.fill(teller, world_forms.LETTER_OPENING, {})
     told = 0
     while more(teller, told, 4, 9):
       if told:
@@ -256,8 +281,7 @@ class Tale:
       if told:
         teller.write(' ')
       if teller.choose(FACT_OR_EVENT):
-        scene = self._named[self.bind(teller, {}, 'P')['P']]
-        self.say(teller, teller.choose(ANY_FACT), scene)
+        self.say(teller, teller.choose(ANY_FACT), {})
       else:
         self.say(teller, world_forms.EVENTS, {})
       told += 1
@@ -285,9 +309,7 @@ class Tale:
       if teller.choose(QUESTION_OR_SUM):
         self.say(teller, world_forms.QUESTIONS, {})
       else:
-        operation, operands = teller.choose(self._sums)
-        ask = teller.choose(SUM_QUESTIONS)
-        teller.write(ask(operation, operands))
+        teller.tell(SUM_QUESTIONS)
       told += 1
 
   def arithmetic(self, teller: Teller) -> None:
@@ -299,7 +321,7 @@ class Tale:
     while more(teller, told, 14, 30):
       if told:
         teller.write('\n')
-      teller.write(world_sums.equation(*teller.choose(self._sums)))
+      teller.tell(EQUATIONS)
       told += 1
 
   def _spoken(self, teller: Teller) -> None:
@@ -307,7 +329,7 @@ class Tale:
     while more(teller, told, 7, 15):
       if told:
         teller.write(' ')
-      teller.write(world_sums.spoken(*teller.choose(self._sums)))
+      teller.tell(SPOKEN)
       told += 1
 
   def _countings(self, teller: Teller) -> None:
@@ -319,13 +341,15 @@ class Tale:
       told += 1
 
   def _counting(self, teller: Teller) -> None:
-    scene = self.bind(teller, {}, 'PQ')
-    a, b = teller.choose(COUNTINGS)
-    what = teller.choose(COUNTED)
-    p, q = scene['P'], scene['Q']
+    scene = self.fill(teller, COUNTING, {})
+    a = int(teller.tell(OWNED))
+    teller.write(' ')
+    teller.tell(COUNTED)
     if teller.choose(GIVEN):
-      teller.write(
-        f'{p} had {a} {what} and gave {q} {b}, so {a - b} were left.'
-      )
+      self.fill(teller, GIFT, scene)
+      b = int(teller.tell(AMOUNTS[a - 1]))
+      teller.write(f', so {a - b} were left.')
     else:
-      teller.write(f'{p} had {a} {what} and {q} had {b}, which made {a + b}.')
+      self.fill(teller, BOTH, scene)
+      b = int(teller.tell(AMOUNTS[10]))
+      teller.write(f', which made {a + b}.')

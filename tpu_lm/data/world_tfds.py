@@ -7,7 +7,7 @@
 Importing this module also registers the dataset, so that afterwards
 `tfds.builder('world/text', data_dir=…)` finds it. Strings are read as bytes.
 
-  text        id, text, bits: `world.documents`
+  text        id, text, bits (float32): `world.documents`
   chat        id, messages: `world.conversations`
   preference  id, prompt, chosen, rejected: `world.preferences`
   problems    id, prompt, answer, kind, level: `world.problems`
@@ -39,7 +39,7 @@ FIELDS = {
   'preference': ('id', 'prompt', 'chosen', 'rejected'),
   'problems': ('id', 'prompt', 'answer', 'kind', 'level'),
 }
-NUMBERS = {'bits': np.float64, 'level': np.int32}
+NUMBERS = {'bits': np.float32, 'level': np.int32}
 SIZES = {  # train, held out
   'text': (20_000, 1_000),
   'chat': (4_000, 400),
@@ -102,7 +102,7 @@ class World(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description='A generated world of 32 people with a known entropy.',
       features=tfds.features.FeaturesDict(
-        {x: NUMBERS[x] if x in NUMBERS else text for x in fields}
+        {x: NUMBERS.get(x, text) for x in fields}
       ),
     )
 
@@ -144,7 +144,7 @@ def builder(
   made = World(
     data_dir=None if data_dir is None else os.fspath(data_dir),
     # TFDS wants its own object where the config is one of BUILDER_CONFIGS.
-    config=known[asked.name] if asked.name in known else asked,
+    config=known.get(asked.name, asked),
     file_format='array_record',
   )
   if not made.is_prepared():

@@ -12,6 +12,7 @@ import copy
 import functools
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -135,10 +136,16 @@ def totals_of(model: Any, mesh: Any) -> Callable[..., tuple]:
 
 
 def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict | None]:
-  """The evaluation that a run does: params -> figures of its held-out rows."""
-  loader = open_rows(run.config, rows, 'heldout', run.model)
+  """The evaluation that a run does: params -> figures of its held-out rows.
+
+  `eval_rows` of the config limits the rows, rounded up to whole batches; a
+  batch is a microbatch of training, to need no more memory than that.
+  """
+  config = copy.deepcopy(run.config)
+  config.batch_size //= config.microbatches
+  loader = open_rows(config, rows, 'heldout', run.model)
   totals = totals_of(run.model, run.mesh)
-  wanted = run.config.eval_rows or loader.num_rows
+  wanted = config.eval_rows or loader.num_rows
   num_batches = min(-(-wanted // loader.batch_size), loader.num_batches)
 
   def evaluate_params(params: Any) -> dict[str, float] | None:
@@ -161,12 +168,21 @@ def score(
     loaded: what `run.load` returns.
     workdir: of the model; rows that have to be made are kept in its `data`.
     source: as `data.source`; all of it is scored.
+
+  Raises:
+    UserError: the source cannot be read, or the run's own text has changed
+      since, and its tokens are not those of the model.
   """
   config = copy.deepcopy(loaded.config)
   if source:
     config.data.source = config.data.heldout_source = source
     config.data.tokenizer = str(pathlib.Path(workdir) / 'tokenizer')
-  found = prepare.prepare(config, data_dir(config, workdir))
+  found = prepare.prepare(config, data_dir(config, workdir), _tell)
+  if found.content['tokenizer']['digest'] != loaded.tokenizer.digest:
+    raise UserError(
+      f'{config.data.source}: has changed since {workdir} was trained, and '
+      'gives another tokenizer; name the text to score with --source=PATH'
+    )
   config.batch_size = -(-8 // loaded.mesh.size) * loaded.mesh.size
   loader = open_rows(config, found.directory, 'heldout', loaded.model)
   scores = evaluate(
@@ -176,3 +192,8 @@ def score(
   )
   assert scores is not None  # nothing stops it
   return scores
+
+
+def _tell(text: str) -> None:
+  # Standard output is for the figures.
+  print(text, file=sys.stderr, flush=True)

@@ -27,6 +27,7 @@ from tpu_lm.models.transformer import Transformer
 
 Params = Any
 _SMALLEST = 16  # tokens; shorter prompts and outputs are not worth a program
+_FEW_STOPS = 4
 
 
 class Completion(NamedTuple):
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
   cache: transformer.Cache
   key_B: jax.Array  # typed; of each sequence
-  stop_ids: jax.Array  # int32 [any]
+  stop_ids: jax.Array  # int32 [any], filled up with -1
   token_B: jax.Array  # the newest token, not yet in the cache
   position_B: jax.Array  # where it stands
   done_B: jax.Array
@@ -54,7 +55,7 @@ class State(NamedTuple):
 
 def bucket(count: int, smallest: int = 1) -> int:
   """Returns the next power of two, at least `smallest`."""
-  return max(smallest, 1 << (count - 1).bit_length())
+  return max(smallest, 1 << max(count - 1, 0).bit_length())
 
 
 def generate(
@@ -127,13 +128,16 @@ def start(
   for row, prompt in enumerate(prompts):
     tokens_BP[row, : len(prompt)] = prompt
     lengths_B[row] = len(prompt)
+  # No token is -1: the number of stop tokens asks for no program of its own.
+  stops = np.full(bucket(len(stop_ids), _FEW_STOPS), -1, np.int32)
+  stops[: len(stop_ids)] = stop_ids
   return _prefill(
     params,
     tokens_BP,
     lengths_B,
     ids_B,
     np.arange(rows) >= len(prompts),
-    np.array(stop_ids, np.int32),
+    stops,
     jax.random.key(seed),
     model=model,
     sampler=sampler,
