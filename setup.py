@@ -19,7 +19,7 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['tpu_lm', 'tpu_lm.*']),
-  entry_points={'console_scripts': ['tpu_lm = tpu_lm.cli:main']},
+  entry_points={'console_scripts': ['tpu_lm = tpu_lm.__main__:run']},
   install_requires=[
     'array-record>=0.8; platform_machine != "aarch64"',  # TFDS's offline rows
     'chex>=0.1.90',  # invariants

@@ -66,13 +66,15 @@ def test_a_mesh_that_cannot_be_is_refused(given, message):
 
 def test_a_batch_that_the_mesh_cannot_divide_is_refused():
   mesh = tiny.mesh(data=2, fsdp=2)
-  sharding.check_batch(mesh, 8, 2)
+  sharding.check_batch(mesh, 8, 2, 16)
   with pytest.raises(UserError, match=r'batch_size=6.* a multiple of 4$'):
-    sharding.check_batch(mesh, 6, 1)
+    sharding.check_batch(mesh, 6, 1, 16)
   with pytest.raises(UserError, match=r'batch_size=12.* a multiple of 8$'):
-    sharding.check_batch(mesh, 12, 2)
+    sharding.check_batch(mesh, 12, 2, 16)
   with pytest.raises(UserError, match=r'microbatches=3: must divide'):
-    sharding.check_batch(mesh, 8, 3)
+    sharding.check_batch(mesh, 8, 3, 16)
+  with pytest.raises(UserError, match=r'data\.length=15: .*sequence=2'):
+    sharding.check_batch(tiny.mesh(sequence=2), 8, 1, 15)
 
 
 # Where arrays lie.

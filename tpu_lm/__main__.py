@@ -1,8 +1,12 @@
-"""`python -m tpu_lm COMMAND`."""
+"""`python -m tpu_lm COMMAND`, and the console script."""
 
-import sys
+from tpu_lm import cli, phases
 
-from tpu_lm.cli import main
+
+def run() -> None:
+  """Runs the command of the command line and ends the process."""
+  phases.leave(cli.main())
+
 
 if __name__ == '__main__':
-  sys.exit(main())
+  run()

@@ -16,6 +16,10 @@ from tpu_lm.errors import UserError, nearest
 class Parser(argparse.ArgumentParser):
   """argparse that raises instead of printing its usage and exiting."""
 
+  def __init__(self, **options):
+    # A shortened option would hide a mistyped one.
+    super().__init__(allow_abbrev=False, **options)
+
   def error(self, message: str):
     raise UserError(f'{self.prog}: {message}; see `{self.prog} --help`')
 

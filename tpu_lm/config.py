@@ -12,8 +12,11 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import os
 import pathlib
+import re
+import traceback
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -119,14 +122,34 @@ def load_file(spec: str) -> ConfigDict:
     raise UserError(f'--config={spec}: not a Python file')
   module = importlib.util.module_from_spec(module_spec)
   try:
-    module_spec.loader.exec_module(module)
+    return _config_of(module_spec.loader, module, path, variant)
+  except UserError:
+    raise
   except SyntaxError as error:
     raise UserError(f'{path}:{error.lineno}: {error.msg}') from error
+  except Exception as error:  # the user's own code may raise anything
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f.lineno for f in frames if f.filename == module_spec.origin]
+    line = own[-1] if own else 1
+    what = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise UserError(f'{path}:{line}: {what}') from error
+
+
+def _config_of(
+  loader: Any, module: Any, path: pathlib.Path, variant: str
+) -> ConfigDict:
+  """Runs the file and its `get_config`."""
+  loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise UserError(f'{path}: has no function get_config(variant)')
   if variant and not inspect.signature(module.get_config).parameters:
     raise UserError(f'{path}: takes no variant, but {variant!r} was given')
-  return module.get_config(variant) if variant else module.get_config()
+  made = module.get_config(variant) if variant else module.get_config()
+  if not isinstance(made, ConfigDict):
+    raise UserError(
+      f'{path}: get_config returned {type(made).__name__}, not a configuration'
+    )
+  return made
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
@@ -231,12 +254,43 @@ def check(config: ConfigDict, where: str) -> None:
       wanted is float and type(value) is int
     ):
       raise UserError(f'{where}: {key}={value!r}: must be {_spoken(wanted)}')
+    if wanted is float and not math.isfinite(value):
+      raise UserError(f'{key}={value!r}: must be finite')
+  missing = flatten(base()).keys() - flatten(config).keys()
+  if missing:
+    raise UserError(
+      f'{where}: {min(missing)}: is missing; start from configs.base()'
+    )
+  _check_values(config)
+
+
+def _check_values(config: ConfigDict) -> None:
+  """Refuses numbers of the wrong sign or size."""
   for key in ('steps', 'batch_size', 'microbatches', 'log_every'):
     if config[key] < 1:
       raise UserError(f'{key}={config[key]}: must be at least 1')
   for key in ('seed', 'eval_every', 'eval_rows'):
     if config[key] < 0:
       raise UserError(f'{key}={config[key]}: must not be negative')
+  if config.seed >= 1 << 32:
+    raise UserError(f'seed={config.seed}: must be below 2**32')
+  if config.watchdog < 0:
+    raise UserError(
+      f'watchdog={config.watchdog}: must not be negative; 0 for none'
+    )
+  for key, low in (('bad_in_a_row', 1), ('window', 2)):
+    if config.guard[key] < low:
+      raise UserError(f'guard.{key}={config.guard[key]}: must be at least {low}')
+  if config.guard.spike_factor < 0:
+    raise UserError(
+      f'guard.spike_factor={config.guard.spike_factor}: must not be negative'
+    )
+  try:
+    re.compile(config.trainable)
+  except re.error as error:
+    raise UserError(
+      f'trainable={config.trainable!r}: no regular expression ({error})'
+    ) from error
   if config.data.length < 2:
     raise UserError(f'data.length={config.data.length}: must be at least 2')
   for key in ('every', 'keep'):

@@ -68,7 +68,18 @@ def connect(coordinator: str, num_processes: int, process: int) -> None:
   """Joins the processes of a run that spans several; none: stays alone.
 
   On Cloud TPU the three are found by JAX itself: `coordinator='auto'`.
+
+  Raises:
+    UserError: the three do not go together.
   """
+  if num_processes > 1 and not coordinator:
+    raise UserError(
+      f'--processes={num_processes}: give --coordinator=HOST:PORT, too'
+    )
+  if process >= num_processes:
+    raise UserError(
+      f'--process={process}: must be below --processes={num_processes}'
+    )
   if coordinator == 'auto':
     jax.distributed.initialize()
   elif coordinator:
@@ -85,7 +96,14 @@ def require(platform: str) -> None:
     raise UserError(
       f'platform={platform!r}: choose one of {", ".join(PLATFORMS)}'
     )
-  found = jax.default_backend()
+  try:
+    found = jax.default_backend()
+  except RuntimeError as error:  # JAX_PLATFORMS asks for what is not there
+    what = str(error).split(':')[0]
+    raise UserError(
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: {what}; see '
+      '`tpu_lm doctor`, or set JAX_PLATFORMS=cpu'
+    ) from error
   if platform and found != platform:
     extra = {'gpu': 'cuda', 'tpu': 'tpu'}.get(platform)
     mend = (

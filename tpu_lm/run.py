@@ -6,6 +6,7 @@ those who only read it: generation, evaluation, export.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -39,7 +40,10 @@ from tpu_lm.errors import UserError
 from tpu_lm.phases import Phases
 
 # Keys whose change makes another run of it: its state cannot be continued.
-_FIXED = ('seed', 'data.length', 'model', 'stage', 'trainable')
+_FIXED = (
+  'seed', 'data.length', 'model', 'stage', 'trainable', 'optimizer.name'
+)  # fmt: skip
+_FREE = ('model.attention', 'model.remat', 'model.unroll')  # how, not what
 _TRACED = (5, 10)  # steps after the start between which a profile is traced
 
 
@@ -55,8 +59,13 @@ class Run:
   ):
     self.config, self.workdir, self.phases = config, workdir, phases
     self.mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(self.mesh, config.batch_size, config.microbatches)
+    sharding.check_batch(
+      self.mesh, config.batch_size, config.microbatches, config.data.length
+    )
     self.root = jax.random.key(config.seed)
+    self.tx, self.schedule = optim.make(config.optimizer, config.steps)
+    check(config, self.mesh)
+    self._check_workdir()
     rows = prepared(config, workdir, phases, report)
     self.tokenizer = tokenizer.load(rows)
     self.model = models.make(
@@ -66,11 +75,9 @@ class Run:
       config.data.length,
     )
     self.loader = open_rows(config, rows, 'train', self.model)
-    self.tx, self.schedule = optim.make(config.optimizer, config.steps)
     self.checkpoints = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep=config.checkpoint.keep
     )
-    self._check_workdir()
     with phases('init'), jax.set_mesh(self.mesh):
       self.first_step, self.state, self.frozen = self._start(report)
       self.stage = stage.make(
@@ -79,6 +86,7 @@ class Run:
         weights.combine(self.state.params, self.frozen),
         config.stage,
       )
+    self._describe()
     self.update = jax.jit(
       train.make_update(
         self.stage.loss,
@@ -112,20 +120,27 @@ class Run:
     )
 
   def _check_workdir(self) -> None:
-    """Refuses a directory of another run; says what changed harmlessly."""
+    """Refuses a directory of another run."""
     path = self.workdir / 'config.json'
-    if path.exists() and self.checkpoints.steps():
-      old = configs.flatten(configs.read(path))
-      new = configs.flatten(self.config)
-      for key in sorted(old.keys() | new.keys()):
-        before, now = old.get(key), new.get(key)
-        if before != now and key.startswith(_FIXED):
-          raise UserError(
-            f'{self.workdir}: was made with {key}={before!r}, not {now!r}; '
-            f'give another --workdir, or the same {key}'
-          )
+    folder = self.workdir / 'checkpoints'
+    saved = checkpoint.Checkpoints(folder, read_only=True).steps()
+    if not (path.exists() and saved):
+      return
+    old, new = _resolved(configs.read(path)), _resolved(self.config)
+    # Sections last: another family is named, not what it changes.
+    for key in sorted(old.keys() | new.keys(), key=lambda k: ('.' in k, k)):
+      before, now = old.get(key), new.get(key)
+      if before != now and key.startswith(_FIXED) and key not in _FREE:
+        raise UserError(
+          f'{self.workdir}: was made with {key}={before!r}, not {now!r}; '
+          f'give another --workdir, or the same {key}'
+        )
+
+  def _describe(self) -> None:
+    """Writes what the directory is of, now that nothing speaks against it."""
     if jax.process_index() == 0:
-      workdirs.write_json(path, json.loads(self.config.to_json()))
+      config = json.loads(self.config.to_json())
+      workdirs.write_json(self.workdir / 'config.json', config)
       self.tokenizer.save(self.workdir / 'tokenizer')
 
   # What it starts from: its own directory, init_from, or scratch.
@@ -137,10 +152,7 @@ class Run:
     return state, frozen
 
   def _start(self, report) -> tuple[int, train.State, Any]:
-    try:
-      shapes = jax.eval_shape(self._fresh, self.root)
-    except ValueError as error:
-      raise UserError(f'trainable: {error}') from error
+    shapes = jax.eval_shape(self._fresh, self.root)
     state, frozen = sharding.abstract(shapes, self.mesh)
     whole = state._replace(params=weights.combine(state.params, frozen))
     restored = self.checkpoints.restore(whole)
@@ -166,11 +178,6 @@ class Run:
 
   def _initial(self, report, abstract: Any) -> Any:
     other = pathlib.Path(self.config.init_from)
-    if not (other / 'checkpoints').is_dir():
-      raise UserError(
-        f'init_from={self.config.init_from}: no working directory with '
-        'checkpoints'
-      )
     theirs = tokenizer.load(other / 'tokenizer')
     if theirs.digest != self.tokenizer.digest:
       raise UserError(
@@ -198,11 +205,11 @@ class Run:
   def put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_batch(rows, self.mesh)
 
-  def must_stop(self, step: int, state: train.State) -> bool:
+  def must_stop(self, step: int, state: train.State, pending: tuple) -> bool:
     """Whether a signal came; also tells the watcher what it may save."""
 
     def save():
-      self._save(step, state, None)
+      self._save(step, state, None, pending)
       self.checkpoints.wait()
 
     self.phases.boundary(save if step else None)
@@ -271,11 +278,23 @@ class Run:
     self.writer.update(step, 'heldout', scores)
     return scores
 
-  def save(self, step: int, state: train.State, scores: dict | None) -> None:
-    with self.aside('save'):
-      self._save(step, state, scores)
+  def save(
+    self, step: int, state: train.State, scores: dict | None, pending: tuple
+  ) -> None:
+    """Begins to write a checkpoint; what it needs is written before it.
 
-  def _save(self, step: int, state: train.State, scores: dict | None) -> None:
+    Args:
+      step: how many batches the state has seen.
+      state: what is saved.
+      scores: of the evaluation at this step, if there was one.
+      pending: what `report` takes for the last step, or ().
+    """
+    with self.aside('save'):
+      self._save(step, state, scores, pending)
+
+  def _save(self, step, state, scores, pending) -> None:
+    if pending:
+      self.report(*pending)
     whole = state._replace(params=weights.combine(state.params, self.frozen))
     meta = {
       'fingerprint': self.loader.manifest.fingerprint,
@@ -303,6 +322,37 @@ class Run:
     with self.phases('save'):
       self.checkpoints.close()
     self.writer.close()
+
+
+def check(config: ConfigDict, mesh: Any) -> None:
+  """Names the mistakes that can be seen before data are read and tokenised.
+
+  Raises:
+    UserError: a model, stage, evaluation or start that cannot be.
+  """
+  draft = models.make(config.model_name, config.model, 1, config.data.length)
+  shapes = jax.eval_shape(draft.init_params, jax.random.key(0))
+  sharding.shardings_of(shapes, mesh)
+  try:
+    weights.partition(shapes, config.trainable)
+  except ValueError as error:
+    raise UserError(f'trainable: {error}') from error
+  module = stage.find('tpu_lm.stages', config.stage_name, 'stage_name')
+  stage.check_hparams(module.make, config.stage, 'stage')
+  for name in config.evals:
+    stage.find('tpu_lm.evals', name, 'evals')
+  start = pathlib.Path(config.init_from)
+  if config.init_from and not (start / 'checkpoints').is_dir():
+    raise UserError(
+      f'init_from={config.init_from}: no working directory with checkpoints'
+    )
+
+
+def _resolved(config: ConfigDict) -> dict[str, Any]:
+  """Every key of a configuration, those of the family's preset included."""
+  made = models.make(config.model_name, config.model, 1, config.data.length)
+  fields = dataclasses.asdict(made.config)
+  return configs.flatten(config) | {f'model.{k}': v for k, v in fields.items()}
 
 
 def data_dir(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

@@ -73,8 +73,10 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
   )
 
 
-def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
-  """Refuses a batch that cannot be divided."""
+def check_batch(
+  mesh: Mesh, batch_size: int, microbatches: int, length: int
+) -> None:
+  """Refuses a batch that cannot be divided: its rows, or their positions."""
   if microbatches < 1 or batch_size % microbatches:
     raise UserError(
       f'microbatches={microbatches}: must divide batch_size={batch_size}'
@@ -85,6 +87,11 @@ def check_batch(mesh: Mesh, batch_size: int, microbatches: int) -> None:
       f'batch_size={batch_size}: {rows} rows a microbatch cannot be divided '
       f'by mesh.data x mesh.fsdp = {parts}; make batch_size a multiple of '
       f'{parts * microbatches}'
+    )
+  if length % mesh.shape['sequence']:
+    raise UserError(
+      f'data.length={length}: cannot be divided by mesh.sequence='
+      f'{mesh.shape["sequence"]}'
     )
 
 

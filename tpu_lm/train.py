@@ -116,15 +116,13 @@ def fold(run: Any) -> State:
   written before its checkpoint, and lines beyond the checkpoint are dropped
   on resume, so that a run that was killed tells the same story.
   """
-  state, first, pending = run.state, run.first_step, None
+  state, first, pending = run.state, run.first_step, ()
   batches = run.batches(first)
-  if first and run.must_evaluate(first) and not run.must_stop(first, state):
+  if first and run.must_evaluate(first) and not run.must_stop(first, state, ()):
     run.evaluate(first, state)  # unless its line was written before the kill
   for step in range(first + 1, run.config.steps + 1):
-    if run.must_stop(step - 1, state):
-      if pending:
-        run.report(*pending)
-      run.save(step - 1, state, None)
+    if run.must_stop(step - 1, state, pending):
+      run.save(step - 1, state, None, pending)
       break
     with run.phases('data'):
       rows = next(batches)
@@ -139,10 +137,10 @@ def fold(run: Any) -> State:
     run.trace(step)
     evaluates, saves = run.must_evaluate(step), run.must_save(step)
     if evaluates or saves:
-      run.report(*pending)
       scores = None
-      if evaluates and not run.must_stop(step, state):
+      run.report(*pending)
+      if evaluates and not run.must_stop(step, state, pending):
         scores = run.evaluate(step, state)
       if saves:
-        run.save(step, state, scores)
+        run.save(step, state, scores, pending)
   return state

@@ -1,6 +1,6 @@
 """A little world with a known truth, and how well it can be predicted at all.
 
-32 people live in 10 towns; each has a job, a belonging, a favourite food and
+24 people live in 8 towns; each has a job, a belonging, a favourite food and
 a best friend; each town has a river, a product and a landmark. Documents tell
 of them in eight kinds (`world_text.KINDS`):
 

@@ -1,10 +1,10 @@
 """The facts of the little world: who lives where, does what and owns what.
 
 A `World` is a pure function of its seed. It is small on purpose, so that a
-model of a million parameters can learn all of it: 32 people in 10 towns.
+model of a million parameters can learn all of it: 24 people in 8 towns.
 
   world = World.make(seed=0)
-  world.people[0]  # Person(name='Clara', home='Millford', job='tailor', …)
+  world.people[0]  # Person(name='Adam', home='Luton', job='tailor', …)
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ def words(text: str) -> list[str]:
 
 
 WOMEN = words(
-  'Anna Bella Clara Dora Edith Flora Greta Hilda Irma Julia Karin Lena Maria '
-  'Nora Olga Petra Rosa Sonja Thea Ursula Vera Wanda Yvonne Zelda'
+  'Anna Bella Clara Dora Edith Flora Greta Hilda Ida Julia Karin Lena Maria '
+  'Nora Olga Petra Rosa Sonja Thea Vera Wanda Zelda Irma Mina'
 )
 MEN = words(
-  'Adam Boris Conrad David Emil Felix Georg Henry Ivan Jonas Kurt Leo Martin '
-  'Noah Oscar Paul Ralf Simon Tobias Ulrich Victor Walter Xaver Zeno'
+  'Adam Boris David Emil Felix Georg Henry Ivan Jonas Kurt Leo Max Noah '
+  'Oscar Paul Ralf Simon Tom Hugo Otto Karl Finn Erik Zeno'
 )
 TOWNS = words(
-  'Ashby Birchford Colwick Dunmore Elmstead Fernhill Glenroy Harbury Ivydale '
-  'Kingsley Linton Millford Norwell Oakham'
+  'Ashby Benton Corby Dalby Elton Filey Goring Hythe Ilkley Kirby Luton '
+  'Malton Otley Selby'
 )
 RIVERS = words('Arrow Brede Calder Dove Esk')
 PRODUCTS = words(
@@ -42,8 +42,8 @@ PRODUCTS = words(
   'candles cider'
 )
 LANDMARKS = words(
-  'windmill tower bridge fountain castle harbour chapel garden lighthouse '
-  'theatre library station market well'
+  'mill tower bridge fountain castle chapel garden market well gate hall '
+  'theatre school station'
 )
 JOBS = {  # what one is, and what one does
   'baker': 'bakes bread',
@@ -60,16 +60,13 @@ JOBS = {  # what one is, and what one does
   'singer': 'sings songs',
 }
 THINGS = words(
-  'kite lamp violin bicycle drum map kettle ladder mirror basket whistle '
-  'telescope sledge chair hat wagon'
+  'kite lamp harp drum map pot net cup box bowl sled chair hat cart bag flute'
 )
 COLOURS = words('red blue green yellow white black brown grey')
-FOODS = words(
-  'apples pears plums soup bread cake pancakes noodles cherries nuts beans rice'
-)
+FOODS = words('plums pears soup bread cake nuts beans rice ham jam fish corn')
 
-NUM_PEOPLE = 32
-NUM_TOWNS = 10
+NUM_PEOPLE = 24
+NUM_TOWNS = 8
 
 
 def check_split(split: str) -> None:

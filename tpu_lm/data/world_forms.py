@@ -18,7 +18,7 @@ MONTHS = words(
   'November December'
 )
 WEATHER = words('sunny rainy windy cloudy foggy cold warm stormy')
-QUALITIES = words('big small new broken heavy light fine cheap strange pretty')
+QUALITIES = words('big small new heavy plain fine cheap rare pretty long')
 PLAIN_SLOTS = {
   'A': QUALITIES,
   'C': world_facts.COLOURS,

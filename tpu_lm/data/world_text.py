@@ -14,14 +14,14 @@ SUBJECTS = ('S', 's', 'Ss', 'o')  # forms of P
 Scene = dict[str, str]  # what is bound, by slot: {'P': 'Clara', 'P.home': …}
 
 KINDS = {  # weight of each kind of document
-  'portrait': 13,
-  'town': 7,
-  'story': 13,
+  'portrait': 12,
+  'town': 6,
+  'story': 11,
   'letter': 9,
-  'news': 24,
-  'ledger': 14,
-  'questions': 12,
-  'arithmetic': 8,
+  'news': 25,
+  'ledger': 18,
+  'questions': 14,
+  'arithmetic': 5,
 }
 PORTRAIT_ENDS = Choice([False, True])
 FACT_OR_HABIT = Choice([True, False], [11, 9])

@@ -100,7 +100,7 @@ class World(tfds.core.GeneratorBasedBuilder):
     fields = FIELDS[self.builder_config.kind]
     return tfds.core.DatasetInfo(
       builder=self,
-      description='A generated world of 32 people with a known entropy.',
+      description='A generated world of 24 people with a known entropy.',
       features=tfds.features.FeaturesDict(
         {x: NUMBERS.get(x, text) for x in fields}
       ),
