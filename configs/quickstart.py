@@ -1,6 +1,6 @@
 """The world of `tpu_lm quickstart`: a language with a known entropy.
 
-  tpu_lm train --config=configs/quickstart.py --workdir=runs/world
+tpu_lm train --config=configs/quickstart.py --workdir=runs/world
 """
 
 from tpu_lm import config as configs

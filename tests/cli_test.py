@@ -1,5 +1,6 @@
 """Mistakes end in one line on stderr, status 2, and nothing half-written."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -256,8 +257,24 @@ def test_the_module_is_the_command(tmp_path):
   )  # fmt: skip
   assert (done.returncode, done.stdout) == (2, '')
   assert re.fullmatch(r'error: .*\n', done.stderr)
-  quick = 'import sys, tpu_lm.cli as c; c.make_parser(); print("jax" in sys.modules)'
+  quick = (
+    'import sys, tpu_lm.cli as c; c.make_parser(); print("jax" in sys.modules)'
+  )
   told = subprocess.run(
     [sys.executable, '-c', quick], capture_output=True, text=True, check=True
   )
   assert told.stdout == 'False\n'
+
+
+def test_a_platform_that_is_not_there_is_no_traceback(config, tmp_path):
+  """JAX itself raises where its environment asks for what it lacks."""
+  done = subprocess.run(
+    [sys.executable, '-m', 'tpu_lm', *arguments(config, tmp_path / 'w')],
+    capture_output=True, text=True, check=False,
+    env=os.environ | {'JAX_PLATFORMS': 'tpu'},
+  )  # fmt: skip
+  assert done.returncode == 2
+  errors = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+  assert len(errors) == 1
+  assert 'JAX_PLATFORMS=tpu: ' in errors[0]
+  assert 'Traceback' not in done.stderr

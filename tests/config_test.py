@@ -137,7 +137,9 @@ def test_mistakes_in_a_file_name_file_and_line(folder):
   refused(folder, text, r"data\.lenght: unknown key.*'data\.length'")
   text = HEAD + "configs.base()\n  c.model.dim = 'wide'\n  return c\n"
   refused(folder, text, r"model\.dim='wide': must be a whole number")
-  refused(folder, HEAD + 'configs.base()\n', r'mine\.py: get_config returned NoneType')
+  refused(
+    folder, HEAD + 'configs.base()\n', r'mine\.py: get_config returned NoneType'
+  )
   text = HEAD + 'configs.base()\n  del c.steps\n  return c\n'
   refused(folder, text, r'mine\.py: steps: is missing')
   text = HEAD + 'configs.base()\n  return c\n'

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from tpu_lm import guard, optim, train
 from tpu_lm import config as configs
+from tpu_lm import guard, optim, train
 from tpu_lm.errors import UserError
 from tpu_lm.stage import Mean
 

@@ -14,9 +14,9 @@ FOLDER = pathlib.Path(__file__).parent.parent / 'notebooks'
 @pytest.mark.parametrize('path', sorted(FOLDER.glob('*.ipynb')), ids=str)
 def test_runs(path, tmp_path):
   notebook = nbformat.read(path, as_version=4)
-  assert not any(
-    cell.get('outputs') for cell in notebook.cells
-  ), 'committed without outputs'
+  assert not any(cell.get('outputs') for cell in notebook.cells), (
+    'committed without outputs'
+  )
   nbclient.NotebookClient(
     notebook, timeout=300, resources={'metadata': {'path': str(FOLDER)}}
   ).execute()

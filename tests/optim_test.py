@@ -99,10 +99,9 @@ def quadratic(name, **changes):
     'final_norm': (4,),
     'layers': {'mlp': {'gate': (2, 4, 6)}, 'attention': {'q': (2, 4, 2, 3)}},
   }
-  is_shape = lambda leaf: isinstance(leaf, tuple)
   target = jax.tree.map(
     lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes,
-    is_leaf=is_shape,
+    is_leaf=lambda leaf: isinstance(leaf, tuple),
   )  # fmt: skip
   params = jax.tree.map(jnp.zeros_like, target)
   tx, _ = optim.make(options(name=name, warmup=0, **changes), 60)
@@ -189,8 +188,10 @@ def test_an_empty_no_decay_lets_all_decay():
 def test_muon_takes_the_hidden_matrices_and_nothing_else(name):
   model = tiny.model(name)
   shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  is_leaf = lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers)
-  found = named(optim.muon_axes(shapes), is_leaf)
+  found = named(
+    optim.muon_axes(shapes),
+    lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers),
+  )
   assert found.keys() == named(shapes).keys()
   expected = {
     'layers/attention/q': ((1,), (2, 3)),

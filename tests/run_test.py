@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tpu_lm import checkpoint, metrics, optim, run, sharding
+from tpu_lm import checkpoint, metrics, run, sharding
 from tpu_lm.errors import UserError
 from tpu_lm.phases import KILL_AT, Phases
 
@@ -71,6 +70,16 @@ def lines(workdir):
   return [metrics.comparable(line) for line in found]
 
 
+def assert_alike(found, expected, ignored=''):
+  """Metrics whose numbers agree to 1e-5, and the rest exactly."""
+  for a, b in zip(found, expected, strict=True):
+    assert a.keys() == b.keys()
+    for key in a.keys() - {ignored}:
+      exact = key == 'rows_crc' or isinstance(a[key], str)
+      wanted = b[key] if exact else pytest.approx(b[key], rel=1e-5)
+      assert a[key] == wanted, (key, a, b)
+
+
 def assert_same(a, b):
   a, b = jax.device_get(a), jax.device_get(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -118,7 +127,6 @@ def test_a_run_is_a_function_of_its_seed(folder, whole, tmp_path):
   'mesh',
   [
     {'data': 2},
-    {'data': 4},
     {'data': 1, 'fsdp': 8},
     {'data': 2, 'fsdp': 2, 'tensor': 2},
   ],
@@ -131,9 +139,7 @@ def test_resumed_on_another_mesh_it_goes_on_alike(
   shutil.copytree(half, workdir)
   overrides = {f'mesh.{axis}': size for axis, size in mesh.items()}
   run.execute(config(folder, **overrides), workdir, quiet)
-  for found, expected in zip(lines(workdir), lines(whole[0]), strict=True):
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found.get('rows_crc') == expected.get('rows_crc')
+  assert_alike(lines(workdir), lines(whole[0]))
 
 
 def test_under_fsdp_nothing_is_whole_and_a_step_keeps_it_so(folder, tmp_path):
@@ -159,9 +165,7 @@ def test_under_fsdp_nothing_is_whole_and_a_step_keeps_it_so(folder, tmp_path):
       key = jax.random.fold_in(made.root, step)
       state, _ = made.update(state, made.frozen, made.put(rows), key)
   # Else memory grows, and the next step is compiled again.
-  assert {path: n for path, (_, _, n) in shards(state).items()} == {
-    path: n for path, (_, _, n) in before.items()
-  }
+  assert shards(state) == before
   assert made.update._cache_size() == 1
 
 
@@ -177,9 +181,9 @@ def test_init_from_takes_the_parameters_and_nothing_else(
   assert_same(made.state.params, other.state.params)
   assert int(made.state.step) == int(made.state.guard.accepted) == 0
   # Once it has a checkpoint of its own, that is what it goes on from.
-  own = config(folder, init_from=whole[0], steps=2)
+  own = config(folder, init_from=whole[0], steps=3)
   run.execute(own, tmp_path / 'own', quiet)
-  assert opened(own, tmp_path / 'own').first_step == 2
+  assert opened(own, tmp_path / 'own').first_step == 3
 
 
 def test_init_from_refuses_another_model_and_another_tokenizer(
@@ -231,14 +235,16 @@ def test_too_many_bad_steps_end_the_run_and_name_step_and_rows(
     **{'optimizer.learning_rate': 1e30, 'optimizer.warmup': 0,
        'guard.bad_in_a_row': 3, 'eval_every': 0, 'checkpoint.every': 30},
   )  # fmt: skip
-  message = r'step (\d+): .* 3 steps in a row .*rows of this step are (.*); look'
+  message = (
+    r'step (\d+): .* 3 steps in a row .*rows of this step are (.*); look'
+  )
   with pytest.raises(UserError, match=message) as caught:
     run.execute(wild, tmp_path / 'w', quiet)
   step, rows = re.search(message, str(caught.value)).groups()
   assert rows.count('train') == 8  # shard and row of each of the batch
   made = opened(wild, tmp_path / 'other')
   assert rows == ', '.join(map(str, made.loader.rows(int(step) - 1)))
-  train = [line for line in lines(tmp_path / 'w')]
+  train = lines(tmp_path / 'w')
   assert [line['skipped'] for line in train][-2:] == [1, 2]
   assert int(step) == len(train) + 1
 
@@ -331,13 +337,15 @@ def test_killed_and_started_again_it_ends_bit_by_bit_alike(
 ):
   """And once rows are there, a run imports no TensorFlow."""
   workdir = tmp_path / 'w'
-  killed = start(RUN, command(folder, workdir), **{KILL_AT: 'step:6'})
+  given = [*command(folder, workdir), '--config.checkpoint.every=2']
+  killed = start(RUN, given, **{KILL_AT: 'step:7'})
   assert finish(killed)[0] == -signal.SIGKILL
   assert 4 <= len(lines(workdir)) < len(lines(whole[0]))
-  again = start(WITHOUT_TENSORFLOW, command(folder, workdir))
+  again = start(WITHOUT_TENSORFLOW, given)
   status, out, err = finish(again)
   assert status == 0, err
-  assert 'continues from step 4' in out
+  # The save of step 6 may or may not have been committed.
+  assert re.search('continues from step [46] ', out)
   assert 'imported: []' in out
   assert lines(workdir) == lines(whole[0])
   a, b = (opened(config(folder), w) for w in (workdir, whole[0]))
@@ -372,8 +380,7 @@ def test_resumed_with_other_numbers_of_devices(
   process = start(RUN, [*given, '--config.mesh.data=-1'])
   status, _, err = finish(process)
   assert status == 0, err
-  for found, expected in zip(lines(workdir), lines(whole[0]), strict=True):
-    assert found == pytest.approx(expected, rel=1e-5)
+  assert_alike(lines(workdir), lines(whole[0]))
 
 
 def free_port() -> int:
@@ -401,7 +408,5 @@ def test_two_processes_of_two_devices_are_one_of_four(folder, whole, tmp_path):
   finally:
     for process in processes:
       process.kill()
-  for found, expected in zip(lines(workdir), lines(whole[0]), strict=True):
-    found.pop('rows_crc', None)  # of the rows of one process
-    expected.pop('rows_crc', None)
-    assert found == pytest.approx(expected, rel=1e-5)
+  # The rows of each process are half of those of the whole.
+  assert_alike(lines(workdir), lines(whole[0]), ignored='rows_crc')

@@ -127,7 +127,9 @@ def test_loss_falls_on_a_fixed_batch(name):
   losses = []
   for step in range(12):
     for part in stage_.prepare(params, batch, jax.random.key(step)):
-      state, metrics = update(state, nothing(params), part, jax.random.key(step))
+      state, metrics = update(
+        state, nothing(params), part, jax.random.key(step)
+      )
       losses.append(float(metrics['loss']))
   assert losses[-1] < 0.9 * losses[0]
   assert int(state.guard.skipped) == 0
@@ -162,8 +164,6 @@ def test_garbage_in_masked_slots_changes_not_one_bit():
       jax.tree.map(np.testing.assert_array_equal, grads, expected[1])
 
 
-
-
 def programs(closed):
   """The program and, recursively, those that its equations hold."""
   yield closed
@@ -181,12 +181,10 @@ def largest_constant(closed) -> int:
   """Bytes of the largest array that stands in a program as a constant."""
   sizes = [0]
   for program in programs(closed):
-    for constant in getattr(program, 'consts', ()):
-      sizes.append(np.asarray(constant).nbytes)
+    constants = [*getattr(program, 'consts', ())]
     for equation in getattr(program, 'jaxpr', program).eqns:
-      for variable in equation.invars:
-        if hasattr(variable, 'val'):
-          sizes.append(np.asarray(variable.val).nbytes)
+      constants += [v.val for v in equation.invars if hasattr(v, 'val')]
+    sizes += [np.asarray(constant).nbytes for constant in constants]
   return max(sizes)
 
 

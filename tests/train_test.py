@@ -64,7 +64,7 @@ def updated(name: str, microbatches: int = 1):
   tx, schedule = optim.make(options, 100)
   model = tiny.model('qwen3')
   params = tiny.params(model)
-  update = jax.jit(
+  update = tiny.jit(
     train.make_update(
       stage.make('pretrain', model, params, {}).loss, tx, schedule,
       microbatches=microbatches, clip=options.clip, spike_factor=0.0,

@@ -9,7 +9,7 @@ on the number of devices, or on which documents were packed into one row.
 import dataclasses
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def _show_row(row: dict[str, np.ndarray], tokens: Any, paint: Colours) -> str:
   return ''.join(text)
 
 
-def show(batch: dict, tokens: Any, rows: int, out=sys.stdout) -> None:
+def show(batch: dict, tokens: Any, rows: int, out: TextIO) -> None:
   """Prints the first rows of a batch, and how much of it is trained."""
   paint = Colours.of(out)
   if paint.plain:
@@ -159,7 +159,9 @@ def _random_params(model: Any) -> Any:
   )
 
 
-def prove(loss: Any, params: Any, batch: dict) -> list[tuple[str, float, float]]:
+def prove(
+  loss: Any, params: Any, batch: dict
+) -> list[tuple[str, float, float]]:
   """Computes the batch in every way that must not matter.
 
   Returns:
@@ -201,7 +203,7 @@ def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   model = type(model)(exact)
   batch = run.open_rows(config, folder, 'train', model).batch(0)
   print()
-  show(batch, tokens, rows)
+  show(batch, tokens, rows, sys.stdout)
   params = _random_params(model)
   loss = stage.make(config.stage_name, model, params, config.stage).loss
   paint = Colours.of(sys.stdout)

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
       known = [
         option
-        for action in parser._subparsers._group_actions[0]  # noqa: SLF001
+        for action in parser._subparsers._group_actions[0]
         .choices[args.command]
         ._actions
         for option in action.option_strings

@@ -30,71 +30,73 @@ OPEN_SECTIONS = ('model', 'stage')
 
 def base() -> ConfigDict:
   """Every key of a configuration, with its default."""
-  return ConfigDict({
-    'seed': 0,
-    'steps': 1000,
-    'batch_size': 16,  # rows a step, over all devices and microbatches
-    'microbatches': 1,  # gradient accumulation: parts of a batch in turn
-    'log_every': 10,
-    'eval_every': 200,  # steps; 0: only at the end
-    'eval_rows': 0,  # held-out rows an evaluation reads; 0: all
-    'checkpoint': {
-      'every': 200,  # steps; the last step is always saved
-      'keep': 2,  # the newest so many are kept, and the best one
-    },
-    'data': {
-      'source': '',  # PATH, tfds:NAME, hf:NAME or seqio:NAME
-      'heldout_source': '',  # one of its own; '': a share of the source
-      'heldout_share': 0.1,
-      'heldout_by': 'auto',  # tail (of each file), document or auto
-      'field': 'text',  # of JSON and Parquet records
-      'length': 256,  # tokens a row
-      'packing': 'best_fit',  # or concat
-      'tokenizer': 'bpe',  # bpe and byte are trained; or a tokenizer.json
-      'vocab_size': 512,  # of a trained bpe
-      'dir': '',  # prepared rows; '': WORKDIR/data
-      'max_bad_share': 0.0,  # of records that may be skipped, and counted
-    },
-    'model_name': 'llama',
-    'model': {},
-    'init_from': '',  # a working directory whose parameters to start from
-    'trainable': '.*',  # regular expression over parameter paths
-    'stage_name': 'pretrain',
-    'stage': {},
-    'optimizer': {
-      'name': 'adamw',
-      'learning_rate': 3e-3,
-      'schedule': 'cosine',  # cosine, linear, constant or wsd
-      'warmup': 50,  # steps
-      'final': 0.1,  # of the peak, at the last step
-      'decay': 0.2,  # wsd: share of the steps that decays
-      'weight_decay': 0.1,
-      'no_decay': 'norm|bias',  # paths that do not decay
-      'b1': 0.9,
-      'b2': 0.95,
-      'eps': 1e-8,
-      'momentum': 0.95,  # muon
-      'rest_learning_rate': 0.0,  # muon: of AdamW's part; 0: the same
-      'clip': 1.0,  # global norm of the gradient; 0: no clipping
-    },
-    'guard': {
-      'bad_in_a_row': 10,  # skipped steps in a row that end the run
-      'spike_factor': 0.0,  # deviations above the mean loss; 0: no guard
-      'window': 50,  # accepted losses that mean and deviation are of
-    },
-    'mesh': {
-      'data': -1,
-      'fsdp': 1,
-      'tensor': 1,
-      'sequence': 1,
-      'expert': 1,
-    },
-    'evals': ('bits_per_byte',),
-    'platform': '',  # cpu, gpu or tpu: refuse any other; '': what there is
-    'tensorboard': False,
-    'profile': False,  # writes a trace of five steps to WORKDIR/profile
-    'watchdog': 1800.0,  # seconds without a finished phase that end the run
-  })
+  return ConfigDict(
+    {
+      'seed': 0,
+      'steps': 1000,
+      'batch_size': 16,  # rows a step, over all devices and microbatches
+      'microbatches': 1,  # gradient accumulation: parts of a batch in turn
+      'log_every': 10,
+      'eval_every': 200,  # steps; 0: only at the end
+      'eval_rows': 0,  # held-out rows an evaluation reads; 0: all
+      'checkpoint': {
+        'every': 200,  # steps; the last step is always saved
+        'keep': 2,  # the newest so many are kept, and the best one
+      },
+      'data': {
+        'source': '',  # PATH, tfds:NAME, hf:NAME or seqio:NAME
+        'heldout_source': '',  # one of its own; '': a share of the source
+        'heldout_share': 0.1,
+        'heldout_by': 'auto',  # tail (of each file), document or auto
+        'field': 'text',  # of JSON and Parquet records
+        'length': 256,  # tokens a row
+        'packing': 'best_fit',  # or concat
+        'tokenizer': 'bpe',  # bpe and byte are trained; or a tokenizer.json
+        'vocab_size': 512,  # of a trained bpe
+        'dir': '',  # prepared rows; '': WORKDIR/data
+        'max_bad_share': 0.0,  # of records that may be skipped, and counted
+      },
+      'model_name': 'llama',
+      'model': {},
+      'init_from': '',  # a working directory whose parameters to start from
+      'trainable': '.*',  # regular expression over parameter paths
+      'stage_name': 'pretrain',
+      'stage': {},
+      'optimizer': {
+        'name': 'adamw',
+        'learning_rate': 3e-3,
+        'schedule': 'cosine',  # cosine, linear, constant or wsd
+        'warmup': 50,  # steps
+        'final': 0.1,  # of the peak, at the last step
+        'decay': 0.2,  # wsd: share of the steps that decays
+        'weight_decay': 0.1,
+        'no_decay': 'norm|bias',  # paths that do not decay
+        'b1': 0.9,
+        'b2': 0.95,
+        'eps': 1e-8,
+        'momentum': 0.95,  # muon
+        'rest_learning_rate': 0.0,  # muon: of AdamW's part; 0: the same
+        'clip': 1.0,  # global norm of the gradient; 0: no clipping
+      },
+      'guard': {
+        'bad_in_a_row': 10,  # skipped steps in a row that end the run
+        'spike_factor': 0.0,  # deviations above the mean loss; 0: no guard
+        'window': 50,  # accepted losses that mean and deviation are of
+      },
+      'mesh': {
+        'data': -1,
+        'fsdp': 1,
+        'tensor': 1,
+        'sequence': 1,
+        'expert': 1,
+      },
+      'evals': ('bits_per_byte',),
+      'platform': '',  # cpu, gpu or tpu: refuse any other; '': what there is
+      'tensorboard': False,
+      'profile': False,  # writes a trace of five steps to WORKDIR/profile
+      'watchdog': 1800.0,  # seconds without a finished phase that end the run
+    }
+  )
 
 
 def split_spec(spec: str) -> tuple[pathlib.Path, str]:
@@ -280,7 +282,9 @@ def _check_values(config: ConfigDict) -> None:
     )
   for key, low in (('bad_in_a_row', 1), ('window', 2)):
     if config.guard[key] < low:
-      raise UserError(f'guard.{key}={config.guard[key]}: must be at least {low}')
+      raise UserError(
+        f'guard.{key}={config.guard[key]}: must be at least {low}'
+      )
   if config.guard.spike_factor < 0:
     raise UserError(
       f'guard.spike_factor={config.guard.spike_factor}: must not be negative'

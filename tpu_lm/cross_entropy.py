@@ -202,15 +202,16 @@ def _nlls(lse_ST, picked_ST, weights_ST, z_loss: float) -> jax.Array:
 def _total(hidden_NSTD, head_VD, targets_NST, weights_NST, soft_cap, z_loss):
   """The weighted sum; computes no gradient unless it is asked for one."""
 
-  def step(total, xs):
+  def step(total_S, xs):
     hidden_STD, targets_ST, weights_ST = xs
     logits_STV = _logits(hidden_STD, head_VD, soft_cap)
     lse_ST, picked_ST, _ = _reduced(logits_STV, targets_ST)
     nll_ST = _nlls(lse_ST, picked_ST, weights_ST, z_loss)
-    return total + jnp.sum(weights_ST * nll_ST), None
+    return total_S + jnp.sum(weights_ST * nll_ST, axis=1), None
 
   xs = (hidden_NSTD, targets_NST, weights_NST)
-  return jax.lax.scan(step, jnp.zeros((), jnp.float32), xs)[0]
+  zeros_S = jnp.zeros(hidden_NSTD.shape[1], jnp.float32)
+  return jax.lax.scan(step, zeros_S, xs)[0].sum()
 
 
 def _total_forward(
@@ -220,7 +221,7 @@ def _total_forward(
   dtype = hidden_NSTD.dtype
 
   def step(sums, xs):
-    total, head_grad_SVD = sums
+    total_S, head_grad_SVD = sums
     hidden_STD, targets_ST, weights_ST = xs
     logits_STV = _logits(hidden_STD, head_VD, soft_cap)
     lse_ST, picked_ST, hit_STV = _reduced(logits_STV, targets_ST)
@@ -239,20 +240,20 @@ def _total_forward(
       preferred_element_type=jnp.float32,
     )
     hidden_grad_STD = jnp.einsum('STV,VD->STD', grad_STV, head_VD)
-    total = total + jnp.sum(weights_ST * nll_ST)
-    return (total, head_grad_SVD), (hidden_grad_STD, nll_ST)
+    total_S = total_S + jnp.sum(weights_ST * nll_ST, axis=1)
+    return (total_S, head_grad_SVD), (hidden_grad_STD, nll_ST)
 
   num_shards = hidden_NSTD.shape[1]
   zeros_SVD = jnp.zeros((num_shards, *head_VD.shape), jnp.float32)
   if num_shards > 1:
     zeros_SVD = _constrain(zeros_SVD, 0)
   xs = (hidden_NSTD, targets_NST, weights_NST)
-  start = (jnp.zeros((), jnp.float32), zeros_SVD)
-  (total, head_grad_SVD), (hidden_grad_NSTD, nll_NST) = jax.lax.scan(
+  start = (jnp.zeros(num_shards, jnp.float32), zeros_SVD)
+  (total_S, head_grad_SVD), (hidden_grad_NSTD, nll_NST) = jax.lax.scan(
     step, start, xs
   )
   head_grad_VD = head_grad_SVD.sum(0).astype(head_VD.dtype)
-  return total, (hidden_grad_NSTD, head_grad_VD, nll_NST)
+  return total_S.sum(), (hidden_grad_NSTD, head_grad_VD, nll_NST)
 
 
 def _total_backward(soft_cap, z_loss, kept, cotangent):

@@ -88,9 +88,7 @@ def make_schedule(options: Any, steps: int, peak: float) -> optax.Schedule:
   ramp = optax.linear_schedule(
     peak / max(options.warmup, 1), peak, max(options.warmup - 1, 1)
   )
-  return optax.join_schedules(
-    [ramp, after[options.schedule]], [options.warmup]
-  )
+  return optax.join_schedules([ramp, after[options.schedule]], [options.warmup])
 
 
 def muon_axes(params: Any) -> Any:
@@ -132,9 +130,7 @@ def make(
   b1, b2, eps = options.b1, options.b2, options.eps
   decay = options.weight_decay
   if options.name == 'adamw':
-    made = optax.adamw(
-      schedule, b1, b2, eps, weight_decay=decay, mask=decays
-    )
+    made = optax.adamw(schedule, b1, b2, eps, weight_decay=decay, mask=decays)
   elif options.name == 'adafactor':
     made = optax.chain(
       optax.adafactor(schedule, multiply_by_parameter_scale=False),

@@ -67,9 +67,7 @@ def _samples(folder: pathlib.Path, seed: int) -> None:
 def pretrain(folder: pathlib.Path, overrides: list) -> Outcome:
   """Text of the world to a base model, measured against its true entropy."""
   config = _config('quickstart', overrides)
-  heldout = list(
-    world.documents(0, 'heldout', world_tfds.SIZES['text'][1])
-  )
+  heldout = list(world.documents(0, 'heldout', world_tfds.SIZES['text'][1]))
   true = world.true_bits_per_byte(heldout)
   print(
     'A generated world of people, towns and things; the generator knows its\n'

@@ -32,9 +32,11 @@ from tpu_lm import (
   tokenizer,
   train,
   weights,
-  workdir as workdirs,
 )
 from tpu_lm import config as configs
+from tpu_lm import (
+  workdir as workdirs,
+)
 from tpu_lm.data import loader, prepare
 from tpu_lm.errors import UserError
 from tpu_lm.phases import Phases
@@ -97,6 +99,8 @@ class Run:
         spike_factor=config.guard.spike_factor,
       ),
       donate_argnums=0,
+      # XLA would be free to lay the new state out in another way.
+      out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), None),
     )
     self.evals = [
       stage.find('tpu_lm.evals', name, 'evals').make(self, rows)
@@ -368,9 +372,7 @@ def prepared(
 ) -> pathlib.Path:
   """The folder of prepared rows, made by process 0 if it is missing."""
   with phases('prepare'):
-    make = functools.partial(
-      prepare.prepare, config, data_dir(config, workdir)
-    )
+    make = functools.partial(prepare.prepare, config, data_dir(config, workdir))
     found = make(report) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices('prepared')

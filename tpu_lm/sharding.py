@@ -187,4 +187,3 @@ def replicate_columns(table_VD: jax.Array) -> jax.Array:
   Without this XLA falls back to rematerialising the whole table.
   """
   return _constrain(table_VD, 'tensor', None)
-

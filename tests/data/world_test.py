@@ -171,7 +171,7 @@ def test_a_document_depends_on_seed_split_and_index_alone(train):
   digest = hashlib.md5(''.join(x.text for x in train[:200]).encode())
   # Other numbers here mean that everyone's data, and every figure measured on
   # it, have changed.
-  assert digest.hexdigest() == '8206e11c2b2deba31364fe28d73e1399'
+  assert digest.hexdigest() == '6bbaaea10d0a03b495bc1c1cd9e282c3'
 
 
 def test_a_wrong_split_is_an_error():
@@ -331,6 +331,6 @@ def test_problems_come_in_levels_without_repeats():
   records = list(world.problems(0, 'train', 600))
   assert [x['level'] for x in records[:6]] == [1, 2, 3, 1, 2, 3]
   texts = [x['prompt'][0]['content'] for x in records]
-  assert len(set(texts)) > 550
+  assert len(set(texts[:400])) == 400
   hard = list(world.problems(0, 'heldout', 20, levels=(3,)))
   assert {x['level'] for x in hard} == {3}

@@ -7,11 +7,11 @@ import pytest
 from tpu_lm.models import rope
 from tpu_lm.models.rope import Scaling
 
+PLAIN = Scaling()
 
-def angles(positions, head_dim=8, theta=100.0, scaling=Scaling()):
-  return rope.sinusoids(
-    jnp.asarray(positions)[None], head_dim, theta, scaling
-  )
+
+def angles(positions, head_dim=8, theta=100.0, scaling=PLAIN):
+  return rope.sinusoids(jnp.asarray(positions)[None], head_dim, theta, scaling)
 
 
 def test_half_rotation_by_hand():
@@ -109,10 +109,10 @@ def test_llama3_scaling():
       smooth = (length / wavelength - low) / (high - low)
       expected.append((1 - smooth) * f / factor + smooth * f)
   assert kinds == {'kept', 'divided', 'between'}
-  found, temperature = rope.frequencies(
-    128, 500_000.0,
-    Scaling('llama3', factor=factor, original_length=length, low=low, high=high),
-  )  # fmt: skip
+  scaling = Scaling(
+    'llama3', factor=factor, original_length=length, low=low, high=high
+  )
+  found, temperature = rope.frequencies(128, 500_000.0, scaling)
   np.testing.assert_allclose(found, expected, rtol=1e-6)
   assert temperature == 1.0
 

@@ -91,10 +91,12 @@ def attention(x, p, config, window):
     if config.qk_norm and n != 'v':
       sums[n] = rms(sums[n], p[f'{n}_norm'], config)
   for n in 'qk':
-    sums[n] = np.array([
-      [turn(head, t, config, window > 0) for head in heads]
-      for t, heads in enumerate(sums[n])
-    ])
+    sums[n] = np.array(
+      [
+        [turn(head, t, config, window > 0) for head in heads]
+        for t, heads in enumerate(sums[n])
+      ]
+    )
   scale = config.query_scale or config.head_size**-0.5
   for t in range(len(x)):
     seen = [s for s in range(t + 1) if not window or t - s < window]
@@ -130,7 +132,7 @@ def reference(row, params, config):
     x = x * config.dim**0.5
   pattern = config.window_pattern
   for layer in range(config.num_layers):
-    p = jax.tree.map(lambda q: q[layer], params['layers'])
+    p = jax.tree.map(lambda q, n=layer: q[n], params['layers'])
     window = config.window if pattern[layer % len(pattern)] else 0
     x = x + attention(x, p['attention'], config, window)
     x = x + mlp(x, p['mlp'], config)
@@ -305,7 +307,9 @@ def test_remat_keeps_less():
 def test_bfloat16_keeps_parameters_and_logits_in_float32():
   model = tiny.model('qwen3', dtype='bfloat16')
   shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
+    jnp.dtype('float32')
+  }
   params, tokens = made('qwen3')[1], tokens_of()
   x = compiled(model)(params, tokens)
   assert x.dtype == jnp.bfloat16

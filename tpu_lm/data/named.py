@@ -67,6 +67,8 @@ def _builder(tfds: Any, name: str) -> Any:
     ) from error
   except (ValueError, AssertionError) as error:
     raise UserError(f'tfds:{name}: {_first_line(error)}') from error
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
   try:
     # It tells what it does on stdout, which belongs to our own results.
     with contextlib.redirect_stdout(sys.stderr):

@@ -60,7 +60,7 @@ JOBS = {  # what one is, and what one does
   'singer': 'sings songs',
 }
 THINGS = words(
-  'kite lamp harp drum map pot net cup box bowl sled chair hat cart bag flute'
+  'kite lamp harp drum map pot net cup jar bowl sled chair hat cart bag flute'
 )
 COLOURS = words('red blue green yellow white black brown grey')
 FOODS = words('plums pears soup bread cake nuts beans rice ham jam fish corn')
@@ -92,7 +92,12 @@ def shuffled(items: Sequence[T], uniform: Callable[[], float]) -> list[T]:
 
 @dataclasses.dataclass(frozen=True)
 class Person:
-  """One who lives in the world; `friend` is mutual and the only one."""
+  """One who lives in the world; `friend` is mutual and the only one.
+
+  `fame` is the weight with which documents choose a person. It falls as 1/rank
+  does in real text; where all are told of alike, a model takes far longer to
+  begin to learn any facts.
+  """
 
   name: str
   woman: bool
@@ -102,6 +107,7 @@ class Person:
   thing: str
   food: str
   friend: str
+  fame: int
 
   @property
   def does(self) -> str:
@@ -121,6 +127,7 @@ class Town:
   river: str
   product: str
   landmark: str
+  fame: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +170,7 @@ class World:
       _dealt(RIVERS, num_towns, uniform),
       _dealt(PRODUCTS, num_towns, uniform),
       _dealt(LANDMARKS, num_towns, uniform),
+      _fame(names, uniform).values(),
     )
     return World(seed, _people(num_people, names, uniform), tuple(towns))
 
@@ -173,6 +181,12 @@ def _dealt(
   """Deals `num` items so that each occurs as often as the others, or +1."""
   rounds = -(-num // len(items))
   return [x for _ in range(rounds) for x in shuffled(items, uniform)][:num]
+
+
+def _fame(names: Sequence[str], uniform: Callable[[], float]) -> dict[str, int]:
+  """Returns a weight for each name, in the order of the names."""
+  ranks = {x: i for i, x in enumerate(shuffled(names, uniform), start=2)}
+  return {name: max(1, round(24 / ranks[name])) for name in names}
 
 
 def _people(
@@ -191,6 +205,7 @@ def _people(
   homes = _dealt(towns, num, uniform)
   jobs = _dealt(list(JOBS), num, uniform)
   foods = _dealt(FOODS, num, uniform)
+  fame = _fame(names, uniform)
   return tuple(
     Person(
       name=name,
@@ -201,6 +216,7 @@ def _people(
       thing=belongings[name][1],
       food=foods[i],
       friend=friend[name],
+      fame=fame[name],
     )
     for i, name in enumerate(names)
   )

@@ -14,13 +14,13 @@ SUBJECTS = ('S', 's', 'Ss', 'o')  # forms of P
 Scene = dict[str, str]  # what is bound, by slot: {'P': 'Clara', 'P.home': …}
 
 KINDS = {  # weight of each kind of document
-  'portrait': 12,
-  'town': 6,
-  'story': 11,
-  'letter': 9,
-  'news': 25,
-  'ledger': 18,
-  'questions': 14,
+  'portrait': 11,
+  'town': 5,
+  'story': 9,
+  'letter': 8,
+  'news': 27,
+  'ledger': 20,
+  'questions': 15,
   'arithmetic': 5,
 }
 PORTRAIT_ENDS = Choice([False, True])
@@ -145,14 +145,18 @@ class Tale:
     world = self.world
     if slot == 'T':
       away = [p.home for p in world.people if p.name == bound[0]]
-      return Choice([s for t, s in self._towns.items() if t not in away])
+      towns = [t for t in world.towns if t.name not in away]
+      scenes = [self._towns[t.name] for t in towns]
+      return Choice(scenes, [t.fame for t in towns])
     if slot == 'G':
       return Choice([{'G': x} for x in self._foods if x != bound[0]])
     scenes = (self._named if slot == 'P' else self._person[slot]).items()
     if slot in 'IV':
       local = {p.name for p in world.people if p.home == bound[0]}
-      return Choice([s for p, s in scenes if (p in local) == (slot == 'I')])
-    return Choice([s for p, s in scenes if p not in bound])
+      left = [(p, s) for p, s in scenes if (p in local) == (slot == 'I')]
+    else:
+      left = [(p, s) for p, s in scenes if p not in bound]
+    return Choice([s for _, s in left], [world.person[p].fame for p, _ in left])
 
   def _binding(self, teller: Teller, slot: str, scene: Scene) -> Scene:
     """Draws a free slot."""

@@ -21,6 +21,7 @@ values that are not seen must still be finite.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.extend
@@ -29,10 +30,12 @@ import jax.numpy as jnp
 IMPLEMENTATIONS = ('auto', 'chunked', 'xla', 'cudnn')
 _CHUNK = 64  # queries; the best of 32, 64, 128 on two CPU cores at L 256-512
 _ACCELERATOR_CHUNK = 512
+_AT_ONCE = 4  # chunks
 _MAX_CHUNKS = 32  # the program grows with their number
 _MASKED = -1e30  # finite: rows that see nothing must not become NaN
 
 Pair = tuple[jax.Array, jax.Array]
+Span = tuple[int, int, int, int]  # queries from, to; keys from, to
 
 
 def attend(
@@ -93,16 +96,18 @@ def attend(
     q_BLHK = _without_padding(q_BLHK, segment_ids[0])
     k_BSGK = _without_padding(k_BSGK, segment_ids[1])
     v_BSGK = _without_padding(v_BSGK, segment_ids[1])
-  visible = functools.partial(_visible, segment_ids, positions, window, causal)
   skips = causal and positions is None
+  spots = _spots(q_BLHK, k_BSGK, segment_ids, positions, window)
   if implementation == 'chunked':
-    spans = _spans(q_BLHK.shape[1], num_keys, skips, window)
-    out_BLHK = _chunked(q_BLHK, k_BSGK, v_BSGK, spans, visible, soft_cap, scale)
+    spans = tuple(_spans(q_BLHK.shape[1], num_keys, skips, window))
+    out_BLHK = _chunked(
+      q_BLHK, k_BSGK, v_BSGK, spots, spans, causal, soft_cap, scale
+    )
   elif soft_cap:
     raise ValueError(f'{implementation}: has no soft_cap; use chunked')
   else:
     out_BLHK = _fused(
-      q_BLHK, k_BSGK, v_BSGK, visible, skips, window, scale, implementation
+      q_BLHK, k_BSGK, v_BSGK, spots, skips, causal, scale, implementation
     )
   if segment_ids is not None:
     out_BLHK = _without_padding(out_BLHK, segment_ids[0])
@@ -130,29 +135,46 @@ def _without_padding(x_BLHK: jax.Array, segment_ids_BL: jax.Array):
   return jnp.where(segment_ids_BL[:, :, None, None] != 0, x_BLHK, 0)
 
 
-def _visible(segment_ids, positions, window, causal, span) -> jax.Array | None:
-  """Which keys of a span its queries see: bool [B or 1, L, S], or None: all.
+class _Spots(NamedTuple):
+  """Where queries and keys stand: what decides which see which."""
 
-  Padding sees padding, so that no row is masked as a whole.
-  """
-  q_begin, q_end, k_begin, k_end = span
+  positions: Pair
+  segment_ids: Pair | None
+  window: int | jax.Array | None
+
+  def cut(self, span: Span) -> '_Spots':
+    """Those of a span."""
+    q_begin, q_end, k_begin, k_end = span
+
+    def both(pair: Pair) -> Pair:
+      return pair[0][:, q_begin:q_end], pair[1][:, k_begin:k_end]
+
+    segments = None if self.segment_ids is None else both(self.segment_ids)
+    return _Spots(both(self.positions), segments, self.window)
+
+  def visible(self, causal: bool, zero: int | jax.Array = 0):
+    """Which keys each query sees: bool [B or 1, L, S], or None: all.
+
+    Padding sees padding, so that no row is masked as a whole. `zero` is added
+    to what stands at queries; see `_tie`.
+    """
+    q_BL, k_BS = self.positions
+    gap_BLS = (q_BL + zero)[:, :, None] - k_BS[:, None, :]
+    seen = []
+    if causal:
+      seen.append(gap_BLS >= 0)
+    if self.window is not None:
+      seen.append(gap_BLS < self.window)
+    if self.segment_ids is not None:
+      q_BL, k_BS = self.segment_ids
+      seen.append((q_BL + zero)[:, :, None] == k_BS[:, None, :])
+    return functools.reduce(jnp.logical_and, seen) if seen else None
+
+
+def _spots(q_BLHK, k_BSGK, segment_ids, positions, window) -> _Spots:
   if positions is None:
-    q_BL = jnp.arange(q_begin, q_end)[None]
-    k_BS = jnp.arange(k_begin, k_end)[None]
-  else:
-    q_BL = positions[0][:, q_begin:q_end]
-    k_BS = positions[1][:, k_begin:k_end]
-  gap_BLS = q_BL[:, :, None] - k_BS[:, None, :]
-  seen = []
-  if causal:
-    seen.append(gap_BLS >= 0)
-  if window is not None:
-    seen.append(gap_BLS < window)
-  if segment_ids is not None:
-    q_BL = segment_ids[0][:, q_begin:q_end]
-    k_BS = segment_ids[1][:, k_begin:k_end]
-    seen.append(q_BL[:, :, None] == k_BS[:, None, :])
-  return functools.reduce(jnp.logical_and, seen) if seen else None
+    positions = tuple(jnp.arange(x.shape[1])[None] for x in (q_BLHK, k_BSGK))
+  return _Spots(positions, segment_ids, window)
 
 
 def _spans(num_queries, num_keys, skips: bool, window):
@@ -169,7 +191,7 @@ def _spans(num_queries, num_keys, skips: bool, window):
       yield begin, end, 0, end
 
 
-def _chunked(q_BLHK, k_BSGK, v_BSGK, spans, visible, soft_cap, scale):
+def _chunked(q_BLHK, k_BSGK, v_BSGK, spots, spans, causal, soft_cap, scale):
   """The kernel 'chunked'. M: query heads of a group."""
   num_rows, num_queries, _, size = q_BLHK.shape
   num_groups = k_BSGK.shape[2]
@@ -177,96 +199,122 @@ def _chunked(q_BLHK, k_BSGK, v_BSGK, spans, visible, soft_cap, scale):
     q_BLHK.reshape(num_rows, num_queries, num_groups, -1, size), 1, 3
   )
   k_BGSK, v_BGSK = jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)
-
-  out = []
-  for span in spans:
-    q_begin, q_end, k_begin, k_end = span
-    out.append(
-      _chunk(
-        q_BGMLK[..., q_begin:q_end, :],
-        k_BGSK[:, :, k_begin:k_end],
-        v_BGSK[:, :, k_begin:k_end],
-        visible(span),
-        soft_cap,
-        scale,
-      )
-    )
-  out_BGMLK = jnp.concatenate(out, axis=3)
+  rule = spans, causal, soft_cap, scale
+  out_BGMLK = _heads_first(q_BGMLK, k_BGSK, v_BGSK, spots, rule)
   return jnp.moveaxis(out_BGMLK, 3, 1).reshape(q_BLHK.shape)
 
 
-def _chunk_logits(q_BGMLK, k_BGSK, seen_BLS, soft_cap, scale):
-  """Float32 logits and, for the gradient of the cap, those before the mask."""
-  logits = scale * _matmul('BGMLK,BGSK->BGMLS', q_BGMLK, k_BGSK)
-  if soft_cap:
-    logits = soft_cap * jnp.tanh(logits / soft_cap)
-  if seen_BLS is None:
-    return logits, logits
-  return jnp.where(seen_BLS[:, None, None], logits, _MASKED), logits
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _chunk(q_BGMLK, k_BGSK, v_BGSK, seen_BLS, soft_cap, scale):
-  """Attention of some queries over all the keys given.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _heads_first(q_BGMLK, k_BGSK, v_BGSK, spots, rule):
+  """Attention with heads before positions, span by span.
 
   Its own gradient keeps a logsumexp a query: kept, the probabilities of all
   chunks would be half of L x L again (arXiv 2205.14135, appendix B.4).
   """
-  args = q_BGMLK, k_BGSK, v_BGSK, seen_BLS, soft_cap, scale
-  return _chunk_forward(*args)[0]
+  return _forward(q_BGMLK, k_BGSK, v_BGSK, spots, rule)[0]
 
 
-def _chunk_forward(q_BGMLK, k_BGSK, v_BGSK, seen_BLS, soft_cap, scale):
-  logits, _ = _chunk_logits(q_BGMLK, k_BGSK, seen_BLS, soft_cap, scale)
-  top = logits.max(axis=-1, keepdims=True)
-  p_BGMLS = jnp.exp(logits - top)
-  norm = p_BGMLS.sum(axis=-1, keepdims=True)
-  out = _matmul('BGMLS,BGSK->BGMLK', p_BGMLS.astype(v_BGSK.dtype), v_BGSK)
-  out = (out / norm).astype(q_BGMLK.dtype)
-  lse = top + jnp.log(norm)
-  return out, (q_BGMLK, k_BGSK, v_BGSK, seen_BLS, out, lse)
+def _forward(q_BGMLK, k_BGSK, v_BGSK, spots, rule):
+  outs, lses = [], []
+  for span in rule[0]:
+    q, k, v = _cut(span, q_BGMLK, k_BGSK, v_BGSK)
+    zero = _tie(q_BGMLK, outs)
+    logits, _ = _logits(q + zero.astype(q.dtype), k, spots, span, rule, zero)
+    top = logits.max(axis=-1, keepdims=True)
+    p_BGMLS = jnp.exp(logits - top)
+    norm = p_BGMLS.sum(axis=-1, keepdims=True)
+    out = _matmul('BGMLS,BGSK->BGMLK', p_BGMLS.astype(v.dtype), v) / norm
+    outs.append(out.astype(q.dtype))
+    lses.append(top + jnp.log(norm))
+  out_BGMLK = jnp.concatenate(outs, axis=3)
+  lse_BGML1 = jnp.concatenate(lses, axis=3)
+  return out_BGMLK, (q_BGMLK, k_BGSK, v_BGSK, spots, out_BGMLK, lse_BGML1)
 
 
-def _chunk_backward(soft_cap, scale, kept, out_grad):
-  q_BGMLK, k_BGSK, v_BGSK, seen_BLS, out, lse = kept
+def _backward(rule, kept, out_grad_BGMLK):
+  q_BGMLK, k_BGSK, v_BGSK, spots, out_BGMLK, lse_BGML1 = kept
+  spans, _, soft_cap, scale = rule
   dtype = q_BGMLK.dtype
-  logits, raw = _chunk_logits(q_BGMLK, k_BGSK, seen_BLS, soft_cap, scale)
-  p_BGMLS = jnp.exp(logits - lse)
-  v_grad = _matmul('BGMLS,BGMLK->BGSK', p_BGMLS.astype(dtype), out_grad)
-  p_grad = _matmul('BGMLK,BGSK->BGMLS', out_grad, v_BGSK)
-  mean = jnp.sum((out * out_grad).astype(jnp.float32), axis=-1, keepdims=True)
-  grad = scale * p_BGMLS * (p_grad - mean)
-  if soft_cap:
-    grad = grad * (1.0 - jnp.square(raw / soft_cap))
-  grad = grad.astype(dtype)
-  q_grad = _matmul('BGMLS,BGSK->BGMLK', grad, k_BGSK)
-  k_grad = _matmul('BGMLS,BGMLK->BGSK', grad, q_BGMLK)
-  return (
-    q_grad.astype(dtype),
-    k_grad.astype(k_BGSK.dtype),
-    v_grad.astype(v_BGSK.dtype),
-    None,
+  mean_BGML1 = jnp.sum(
+    (out_BGMLK * out_grad_BGMLK).astype(jnp.float32), axis=-1, keepdims=True
   )
+  q_grads = []
+  k_grad = jnp.zeros(k_BGSK.shape, jnp.float32)
+  v_grad = jnp.zeros(v_BGSK.shape, jnp.float32)
+  for span in spans:
+    q_begin, q_end, k_begin, k_end = span
+    queries = (..., slice(q_begin, q_end), slice(None))
+    q, k, v = _cut(span, q_BGMLK, k_BGSK, v_BGSK)
+    zero = _tie(out_grad_BGMLK, q_grads)
+    q = q + zero.astype(dtype)
+    out_grad = out_grad_BGMLK[queries] + zero.astype(dtype)
+    logits, unmasked = _logits(q, k, spots, span, rule, zero)
+    p_BGMLS = jnp.exp(logits - lse_BGML1[queries])
+    p_grad = _matmul('BGMLK,BGSK->BGMLS', out_grad, v)
+    grad = scale * p_BGMLS * (p_grad - mean_BGML1[queries])
+    if soft_cap:
+      grad = grad * (1.0 - jnp.square(unmasked / soft_cap))
+    grad = grad.astype(dtype)
+    q_grads.append(_matmul('BGMLS,BGSK->BGMLK', grad, k).astype(dtype))
+    rest = ((0, 0), (0, 0), (k_begin, k_BGSK.shape[2] - k_end), (0, 0))
+    k_grad += jnp.pad(_matmul('BGMLS,BGMLK->BGSK', grad, q), rest)
+    p_BGMLS = p_BGMLS.astype(dtype)
+    v_grad += jnp.pad(_matmul('BGMLS,BGMLK->BGSK', p_BGMLS, out_grad), rest)
+  q_grad = jnp.concatenate(q_grads, axis=3)
+  return q_grad, k_grad.astype(k.dtype), v_grad.astype(v.dtype), None
 
 
-_chunk.defvjp(_chunk_forward, _chunk_backward)
+_heads_first.defvjp(_forward, _backward)
+
+
+def _cut(span, q_BGMLK, k_BGSK, v_BGSK):
+  """What a span reads."""
+  q_begin, q_end, k_begin, k_end = span
+  keys = (slice(None), slice(None), slice(k_begin, k_end))
+  return q_BGMLK[..., q_begin:q_end, :], k_BGSK[keys], v_BGSK[keys]
+
+
+def _tie(x: jax.Array, done: list[jax.Array]) -> jax.Array:
+  """An int32 0 that is known only after `x` and most of `done` are.
+
+  Left to itself XLA works on all chunks at once, and computes all masks ahead
+  of the loop over layers: L x L, after all. On CPUs it drops optimization
+  barriers, hence a zero that it cannot see through: the smaller of a bit and
+  0. Added to queries it makes chunks take turns, and to positions it makes
+  masks a part of the softmax instead of arrays.
+  """
+  before = done[-_AT_ONCE] if len(done) >= _AT_ONCE else x
+  one = before[(0,) * x.ndim].astype(jnp.float32)
+  return jnp.minimum(jax.lax.bitcast_convert_type(one, jnp.int32) & 1, 0)
+
+
+def _logits(q_BGMLK, k_BGSK, spots, span, rule, zero):
+  """Float32 logits, and those before the mask for the gradient of the cap."""
+  _, causal, soft_cap, scale = rule
+  logits = scale * _matmul('BGMLK,BGSK->BGMLS', q_BGMLK, k_BGSK)
+  if soft_cap:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
+  seen_BLS = spots.cut(span).visible(causal, zero)
+  if seen_BLS is None:
+    return logits, logits
+  return jnp.where(seen_BLS[:, None, None], logits, _MASKED), logits
 
 
 def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _fused(q_BLHK, k_BSGK, v_BSGK, visible, skips, window, scale, kernel):
+def _fused(q_BLHK, k_BSGK, v_BSGK, spots, skips, causal, scale, kernel):
   """The kernels of `jax.nn.dot_product_attention`."""
-  local = skips and (window is None or isinstance(window, int))
-  mask_BLS = visible((0, q_BLHK.shape[1], 0, k_BSGK.shape[1]))
+  mask_BLS = spots.visible(causal)
+  local = skips and isinstance(spots.window, int)
   return jax.nn.dot_product_attention(
     q_BLHK,
     k_BSGK,
     v_BSGK,
     mask=None if mask_BLS is None else mask_BLS[:, None],
     scale=scale,
-    is_causal=local,
-    local_window_size=(window - 1, 0) if local and window else None,
+    is_causal=skips,
+    local_window_size=(spots.window - 1, 0) if local else None,
     implementation=kernel,
   )

@@ -357,9 +357,7 @@ class Transformer(nn.Module):
       windows_N = jnp.array(config.windows, jnp.int32)
     layer = Layer
     if config.remat != 'none':
-      layer = nn.remat(
-        Layer, policy=REMAT[config.remat], prevent_cse=False
-      )
+      layer = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
     stack = nn.scan(
       layer,
       variable_axes={'params': 0},
