@@ -192,6 +192,7 @@ def prove(
 
 def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   """Shows and proves; returns whether every proof held."""
+  run.check(config, sharding.make_mesh(config.mesh))
   with Phases(watchdog_seconds=0) as phases:
     folder = run.prepared(config, workdir, phases, print)
   tokens = tokenizer.load(folder)

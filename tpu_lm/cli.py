@@ -178,10 +178,17 @@ def make_parser() -> Parser:
     return one
 
   one = command(train, 'train', config=True)
-  one.add_argument('--devices', type=_number(int, 1), default=0,
-                   help='simulate so many devices on the CPU')  # fmt: skip
-  one.add_argument('--coordinator', default='',
-                   help='HOST:PORT of process 0, or auto on Cloud TPU')  # fmt: skip
+  one.add_argument(
+    '--devices',
+    type=_number(int, 1),
+    default=0,
+    help='simulate so many devices on the CPU',
+  )
+  one.add_argument(
+    '--coordinator',
+    default='',
+    help='HOST:PORT of process 0, or auto on Cloud TPU',
+  )
   one.add_argument('--processes', type=_number(int, 1), default=1)
   one.add_argument('--process', type=_number(int, 0), default=0)
 
@@ -190,22 +197,33 @@ def make_parser() -> Parser:
 
   one = command(generate, 'generate')
   one.add_argument('--prompt', default='')
-  one.add_argument('--max_new_tokens', type=_number(int, 1), default=None,
-                   help='default: up to the trained length')  # fmt: skip
+  one.add_argument(
+    '--max_new_tokens',
+    type=_number(int, 1),
+    default=None,
+    help='default: up to the trained length',
+  )
   one.add_argument('--temperature', type=float, default=0.8)
   one.add_argument('--top_k', type=int, default=0, help='0: no limit')
   one.add_argument('--top_p', type=float, default=1.0)
   one.add_argument('--seed', type=int, default=0)
-  one.add_argument('--stop', action='append', default=[], metavar='TEXT',
-                   help='end before this text; may be given again')  # fmt: skip
+  one.add_argument(
+    '--stop',
+    action='append',
+    default=[],
+    metavar='TEXT',
+    help='end before this text; may be given again',
+  )
 
   one = command(evaluate, 'eval')
-  one.add_argument('--source', default='',
-                   help='other text; the default is the held-out split')  # fmt: skip
+  one.add_argument(
+    '--source', default='', help='other text; the default is the held-out split'
+  )
 
   one = command(check, 'check', config=True, workdir=False)
-  one.add_argument('--workdir', type=pathlib.Path,
-                   default=pathlib.Path('runs/check'))  # fmt: skip
+  one.add_argument(
+    '--workdir', type=pathlib.Path, default=pathlib.Path('runs/check')
+  )
   one.add_argument('--rows', type=_number(int, 1), default=2)
   one.add_argument('--devices', type=_number(int, 1), default=0)
 
@@ -214,8 +232,9 @@ def make_parser() -> Parser:
 
   command(doctor, 'doctor', workdir=False)
   one = command(quickstart, 'quickstart', workdir=False)
-  one.add_argument('--workdir', type=pathlib.Path,
-                   default=pathlib.Path('runs/quickstart'))  # fmt: skip
+  one.add_argument(
+    '--workdir', type=pathlib.Path, default=pathlib.Path('runs/quickstart')
+  )
   return parser
 
 

@@ -49,6 +49,10 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
   for axis, size in sizes.items():
     if size < 1 and size != -1:
       raise UserError(f'mesh.{axis}={size}: give a size of at least 1, or -1')
+  if sizes['expert'] != 1:
+    raise UserError(
+      f'mesh.expert={sizes["expert"]}: no model has experts yet; set it to 1'
+    )
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise UserError(

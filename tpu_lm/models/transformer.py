@@ -342,16 +342,15 @@ class Transformer(nn.Module):
     if config.scale_embedding:
       x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
     x_BLD = sharding.constrain_activations(x_BLD)
-    theta = (config.rope_local_theta or config.rope_theta, config.rope_theta)
-    angles = tuple(
-      rope.sinusoids(positions_BL, config.head_size, t, scaling)
-      for t, scaling in zip(
-        theta,
-        (rope.Scaling() if config.rope_local_theta else config.scaling,)
-        + (config.scaling,),
-        strict=True,
-      )
+    whole = rope.sinusoids(
+      positions_BL, config.head_size, config.rope_theta, config.scaling
     )
+    local = whole
+    if config.rope_local_theta:
+      local = rope.sinusoids(
+        positions_BL, config.head_size, config.rope_local_theta
+      )
+    angles = (local, whole)
     windows_N = None
     if len(set(config.windows)) > 1:
       windows_N = jnp.array(config.windows, jnp.int32)
