@@ -8,14 +8,15 @@ from tpu_lm import config as configs
 
 def get_config():
   config = configs.base()
-  config.steps = 600
-  config.batch_size = 16
-  config.eval_every = 200
-  config.checkpoint.every = 200
+  config.steps = 1200
+  config.batch_size = 8
+  config.eval_every = 400
+  config.log_every = 25
+  config.checkpoint.every = 400
   config.data.source = 'tfds:world/text@train'
   config.data.heldout_source = 'tfds:world/text@heldout'
   config.data.length = 256
-  config.data.vocab_size = 512
+  config.data.vocab_size = 1024
   config.model_name = 'qwen3'
   config.model.num_layers = 4
   config.model.dim = 128

@@ -94,9 +94,8 @@ def shuffled(items: Sequence[T], uniform: Callable[[], float]) -> list[T]:
 class Person:
   """One who lives in the world; `friend` is mutual and the only one.
 
-  `fame` is the weight with which documents choose a person. It falls as 1/rank
-  does in real text; where all are told of alike, a model takes far longer to
-  begin to learn any facts.
+  `fame` is the weight with which documents choose a person: it falls about as
+  1/rank, as it does in real text.
   """
 
   name: str

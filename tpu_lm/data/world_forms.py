@@ -91,15 +91,13 @@ TOWN_FACTS = {
 }
 
 TOWN_LIFE = forms("""
-  2 {I} {I.does} here.
-  2 {I}, who {I.does}, has a {I.colour} {I.thing}.
-  1 {I} lives here and likes {I.food}.
-  1 Here lives {I}, a friend of {I.friend}.
-  2 On {D} {V} came from {V.home} to see the {T.landmark}.
-  3 In {M} {V} bought {N} {A} {C} {X}s here.
-  3 {V} and {I} had {F} and {G} on {D}.
-  2 On a {W} {D} {V} lost a {A} {C} {X} here.
-  2 {I} sold {V} a {A} {X}.
+  1 {I} {I.does} here.
+  1 Here lives {I}, who likes {I.food}.
+  1 On {D} {V} came from {V.home} to see the {T.landmark}.
+  4 In {M} {V} bought {N} {A} {C} {X}s here.
+  4 {V} had {F} and {G} here on {D}.
+  3 On a {W} {D} {V} lost a {A} {C} {X} here.
+  2 {V} sold {I} a {A} {C} {X}.
 """)
 
 STORY_OPENINGS = forms("""
@@ -118,17 +116,15 @@ STORY_MEETINGS = forms("""
 """)
 STORY_MIDDLES = forms("""
   2 "I need a {A} {C} {X}," {he} said.
-  2 {Q} gave {him} {F} and {G}.
-  1 {He} asked {Q} whether {R} still lives in {R.home}.
+  3 {Q} gave {him} {F} and {G}.
   1 They spoke of {R}, who {R.does} in {R.home}.
   1 {Q} praised the {T.product} of {T}.
   1 {He} showed {Q} {his} {P.colour} {P.thing}.
-  2 {Q} paid {him} {N} coins for a {A} {C} {X}.
+  3 {Q} paid {him} {N} coins for a {A} {C} {X}.
   1 {He} thought of {P.friend}, {his} best friend, and bought {F}.
-  1 {Q} had seen {R} with the {R.colour} {R.thing}.
   2 They had {F}, and {he} told {Q} about {R}.
-  2 "{R} was here on {D} with {F}," said {Q}.
-  2 "Tell {R} to bring {N} {A} {X}s," said {Q}.
+  3 "{R} was here on {D} with {F}," said {Q}.
+  3 "Tell {R} to bring {N} {A} {C} {X}s," said {Q}.
 """)
 STORY_CLOSINGS = forms("""
   3 In the evening {he} went home to {P.home}.
@@ -141,19 +137,19 @@ STORY_CLOSINGS = forms("""
 LETTER_OPENING = Template.parse('A letter from {P} to {Q}\n\nDear {Q},\n')
 LETTER_BODY = forms("""
   2 I am in {T} with {R}.
-  2 All is well in {P.home}.
-  2 On {D} I met {R} in {T}.
-  3 {R} sends you {F} and a {A} {C} {X}.
+  1 All is well in {P.home}.
+  3 On {D} I met {R} in {T}.
+  4 {R} sends you {F} and a {A} {C} {X}.
   1 My {P.colour} {P.thing} is as good as new.
   1 Do you still like {Q.food} so much?
-  3 Please bring me a {A} {C} {X} in {M}.
+  4 Please bring me a {A} {C} {X} in {M}.
   2 Can you lend me {N} coins until {D}?
   1 How is life in {Q.home}?
   1 A {P.job} has much to do in {M}.
-  2 {R} will visit you on {D}.
+  3 {R} will visit you on {D}.
   1 Is your {Q.thing} still {Q.colour}?
-  3 I dreamed that {R} gave me {N} {A} {X}s.
-  2 It is {W}, and I am having {F} with {G}.
+  4 I dreamed that {R} gave me {N} {A} {X}s.
+  3 It is {W}, and I am having {F} with {G}.
 """)
 LETTER_CLOSINGS = forms("""
   3 Yours, {P}

@@ -44,12 +44,12 @@ def operations() -> tuple[list[tuple[str, tuple[int, ...]]], list[int]]:
   for operation, pairs in OPERANDS.items():
     for operands in pairs:
       options.append((operation, operands))
-      weights.append(6 if max(operands) <= 10 else 1)
+      weights.append(15 if max(operands) <= 10 else 1)
   for a in range(1, 5):
     for b in range(1, 5):
       for c in range(1, 5):
         options.append(('plus', (a, b, c)))
-        weights.append(3)
+        weights.append(5)
   return options, weights
 
 

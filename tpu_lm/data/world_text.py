@@ -21,10 +21,10 @@ KINDS = {  # weight of each kind of document
   'news': 27,
   'ledger': 20,
   'questions': 15,
-  'arithmetic': 5,
+  'arithmetic': 4,
 }
 PORTRAIT_ENDS = Choice([False, True])
-FACT_OR_HABIT = Choice([True, False], [11, 9])
+FACT_OR_HABIT = Choice([True, False])
 FACT_OR_EVENT = Choice([True, False], [1, 1])
 ANY_FACT = Choice(list(world_forms.PERSON_FACTS.values()))
 WITH_HEAD = Choice([True, False], [2, 3])
