@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import statistics
 import sys
 import time
@@ -54,13 +55,15 @@ class Clock:
     self._name, self._args, self._unit_tokens = name, args, unit_tokens
     self._count, self._times, self._asked = 0, [], 0
     self._answer = []
+    self.facts = {}  # more for the JSON line
     # What libraries print must not mix with the protocol.
     self._out = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)
     self._first = 0.0
-    self._restart()
+    self.restart()
 
-  def _restart(self) -> None:
+  def restart(self) -> None:
+    """What happened since the last tick belongs to no unit."""
     self._wall, self._cpu = time.perf_counter(), time.process_time()
     self._machine = _busy()
 
@@ -73,7 +76,7 @@ class Clock:
     if self._count == 1:
       self._first = time.time() - _START
     if self._count > self._args.warm:
-      self._times.append((wall, cpu))
+      self._times.append((wall, cpu, others))
       self._answer.append((round(wall, 6), round(cpu, 6), round(others, 3)))
       if not self._args.serve and len(self._times) >= self._args.units:
         raise _Enough
@@ -83,7 +86,7 @@ class Clock:
     elif self._count == self._args.warm and self._args.serve:
       print('READY', file=self._out)
       self._wait()
-    self._restart()
+    self.restart()
 
   def _wait(self) -> None:
     words = sys.stdin.readline().split()
@@ -91,21 +94,37 @@ class Clock:
       raise _Enough
     self._asked, self._answer = int(words[1]), []
 
+  @property
+  def walls(self) -> list[float]:
+    """Seconds of each timed unit."""
+    return [times[0] for times in self._times]
+
+  @property
+  def is_warm(self) -> bool:
+    """Whether the unit under way is timed."""
+    return self._count >= self._args.warm
+
   @contextlib.contextmanager
   def running(self) -> Iterator[None]:
     """Runs until enough units are timed, then prints the JSON line."""
     with contextlib.suppress(_Enough):
       yield
-    wall = statistics.median([t[0] for t in self._times] or [float('nan')])
-    cpu = statistics.median([t[1] for t in self._times] or [float('nan')])
+    wall, cpu, others = (
+      statistics.median(column)
+      for column in zip(*self._times or [(float('nan'),) * 3], strict=True)
+    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     line = {
       'name': self._name,
       'shape': self._args.shape,
       'n': len(self._times),
       'unit_s_median': round(wall, 5),
       'unit_cpu_s_median': round(cpu, 5),
+      'others_cores': round(others / wall, 2),
       'startup_to_first_unit_s': round(self._first, 2),
+      'peak_rss_mb': memory // 1024,
       'tok_per_s': round(self._unit_tokens / wall, 1),
     }
+    line |= self.facts
     print(json.dumps(line), file=self._out, flush=True)
     os._exit(0)

@@ -1,93 +1,128 @@
-"""Speed of a training step, bare or within the shared loop.
+"""Measures our training step, or what the shared loop adds to it.
 
-  .venv/bin/python benchmarks/train_step.py --shape small
-  .venv/bin/python benchmarks/train_step.py --mode loop
+  python benchmarks/train_step.py --shape=micro            steps of the loop
+  python benchmarks/train_step.py --shape=small --bare     the jitted update
+  python benchmarks/train_step.py --overhead               both, in turn
 
-One JSON line a run; `protocol.py` tells how to run it in turn with others.
-`--mode step` calls the jitted update on one batch after another; `--mode loop`
-runs `train.fold` with its loader, metrics and guards.
+Trains a Llama-shaped model in float32 with AdamW, clipping, guards and packed
+rows of text that the generated world yields, through the same `Run` and
+`fold` as `tpu_lm train`. With --overhead every step of the loop is followed
+by a bare one on a copy of the state; `overhead` is the share that the loop
+adds, median over the pairs. `protocol.py` says what is printed.
 """
 
+import json
 import pathlib
-import sys
+import statistics
 import tempfile
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import time
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import protocol
 
 from tpu_lm import config as configs
-from tpu_lm import devices, run, train
+from tpu_lm import devices, train
+from tpu_lm import run as runs
+from tpu_lm.data import world
 from tpu_lm.phases import Phases
 
+_DOCUMENTS = 400  # some 100 kB of text
 
-def make_config(shape: str, folder: pathlib.Path):
-  """The shape's model on random text of its vocabulary."""
-  dim, layers, heads, kv_heads, hidden, vocab, length, batch = protocol.SHAPES[
-    shape
-  ]
-  words = np.random.default_rng(0).integers(97, 123, (40 * length, 5 * batch))
-  text = folder / 'text.txt'
-  text.write_text('\n'.join(bytes(row.tolist()).decode() for row in words))
+
+def configuration(args: Any, folder: pathlib.Path):
+  """The configuration of a shape; writes the text that it trains on."""
+  source = folder / 'world.txt'
+  texts = (d.text for d in world.documents(0, 'train', _DOCUMENTS))
+  source.write_text('\n\n'.join(texts))
   config = configs.base()
-  config.steps = 100_000
-  config.batch_size = batch
-  config.eval_every = 0
-  config.checkpoint.every = 100_000
-  config.data.source = str(text)
-  config.data.length = length
-  config.data.tokenizer = 'byte'
-  config.model_name = 'llama'
-  config.model = {
-    'tied': True,
-    'vocab_size': vocab,
-    'num_layers': layers,
-    'dim': dim,
-    'num_heads': heads,
-    'num_kv_heads': kv_heads,
-    'hidden_dim': hidden,
-  }
+  config.steps = 1_000_000  # never reached
+  config.eval_every, config.evals, config.checkpoint.every = 0, (), 1_000_000
+  config.data.source, config.data.tokenizer = str(source), 'byte'
+  model = config.model
+  (
+    model.dim,
+    model.num_layers,
+    model.num_heads,
+    model.num_kv_heads,
+    model.hidden_dim,
+    model.vocab_size,
+    config.data.length,
+    config.batch_size,
+  ) = protocol.SHAPES[args.shape]
+  model.update(json.loads(args.model))
   return config
 
 
-class TimedRun(run.Run):
-  """Ticks when the metrics of a step have been read."""
+class TimedRun(runs.Run):
+  """A run whose steps are ticks of a clock."""
 
-  clock: protocol.Clock
+  def start_timing(self, clock: protocol.Clock, overhead: bool) -> None:
+    self.clock, self.compiled = clock, self.update
+    self.bare_seconds, self.newest = [], None
+    self.sample = self.put(self.loader.batch(0))
+    self.twin = jax.tree.map(jnp.copy, self.state) if overhead else None
 
-  def report(self, *args) -> None:
-    super().report(*args)
+    def update(*args):
+      state, self.newest = self.compiled(*args)
+      return state, self.newest
+
+    self.update = update
+
+  def trace(self, step: int) -> None:
+    """Called by the loop after each step; waits until it is done."""
+    jax.block_until_ready(self.newest)
+    timed = self.clock.is_warm
     self.clock.tick()
+    if self.twin is None:
+      return
+    start = time.perf_counter()
+    self.twin, metrics = self.compiled(
+      self.twin, self.frozen, self.sample, self.root
+    )
+    jax.block_until_ready(metrics)
+    if timed:
+      self.bare_seconds.append(time.perf_counter() - start)
+      loop = self.clock.walls[-len(self.bare_seconds) :]
+      ratios = [a / b for a, b in zip(loop, self.bare_seconds, strict=True)]
+      added = statistics.median(ratios) - 1
+      self.clock.facts['overhead'] = round(added, 4)
+    self.clock.restart()
 
-
-def bare(made: run.Run, clock: protocol.Clock) -> None:
-  """The jitted update alone, its loss read after each step as the peers do."""
-  state, batches = made.state, made.batches(0)
-  while True:
-    batch = made.put(next(batches))
-    state, metrics = made.update(state, made.frozen, batch, made.root)
-    float(metrics['loss'])
-    clock.tick()
+  def bare(self) -> None:
+    """Updates with one batch for ever, without the loop."""
+    state = self.state
+    while True:
+      state, metrics = self.compiled(state, self.frozen, self.sample, self.root)
+      jax.block_until_ready(metrics)
+      self.clock.tick()
 
 
 def main() -> None:
   parser = protocol.parser()
-  parser.add_argument('--mode', default='step', choices=('step', 'loop'))
+  parser.add_argument('--bare', action='store_true')
+  parser.add_argument('--overhead', action='store_true')
+  parser.add_argument('--model', default='{}', help='JSON of model.* keys')
   args = parser.parse_args()
+  *_, length, rows = protocol.SHAPES[args.shape]
+  name = f'tpu_lm {"update" if args.bare else "loop"}'
+  clock = protocol.Clock(name, args, rows * length)
   devices.set_up()
-  _, _, _, _, _, _, length, batch = protocol.SHAPES[args.shape]
-  clock = protocol.Clock(f'tpu_lm_{args.mode}', args, batch * length)
-  folder = pathlib.Path(tempfile.mkdtemp())
-  with Phases(watchdog_seconds=0) as phases:
-    config = make_config(args.shape, folder)
-    made = TimedRun(config, folder / 'run', phases, lambda _: None)
-    made.clock = clock
-    with clock.running(), jax.set_mesh(made.mesh):
-      if args.mode == 'step':
-        bare(made, clock)
-      train.fold(made)
+  with (
+    clock.running(),
+    tempfile.TemporaryDirectory() as folder,
+    Phases(watchdog_seconds=3600.0) as phases,
+  ):
+    folder = pathlib.Path(folder)
+    config = configuration(args, folder)
+    run = TimedRun(config, folder / 'run', phases)
+    with jax.set_mesh(run.mesh):
+      run.start_timing(clock, args.overhead)
+      clock.restart()
+      if args.bare:
+        run.bare()
+      train.fold(run)
 
 
 if __name__ == '__main__':

@@ -57,6 +57,7 @@ def test_a_mesh_may_leave_devices_unused():
     ({'data': -1, 'fsdp': -1}, r'mesh\.fsdp=-1: only one axis'),
     ({'data': 0}, r'mesh\.data=0'),
     ({'tensor': -2}, r'mesh\.tensor=-2'),
+    ({'expert': 2}, r'mesh\.expert=2: no model has experts'),
   ],
 )
 def test_a_mesh_that_cannot_be_is_refused(given, message):
@@ -252,7 +253,6 @@ def gradient(axes, name='llama'):
     (MIXED, 'llama'),
     ({'data': 4, 'sequence': 2}, 'llama'),
     ({'fsdp': 2, 'tensor': 2, 'sequence': 2}, 'gemma2'),
-    ({'data': 2, 'expert': 2}, 'llama'),
   ],
 )
 def test_loss_and_gradient_are_those_of_one_device(axes, name):

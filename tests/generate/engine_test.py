@@ -160,7 +160,7 @@ def test_few_programs_are_compiled():
   model, params = make()
   num_programs = set()
   for lengths, new, stops in (
-    ((3, 9, 4), 5, ()),
+    ((3, 12, 4), 5, ()),
     ((16, 2, 2, 1), 16, (1, 2)),
     ((7, 11, 1), 9, (3,)),
   ):
