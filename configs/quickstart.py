@@ -8,11 +8,11 @@ from tpu_lm import config as configs
 
 def get_config():
   config = configs.base()
-  config.steps = 1200
+  config.steps = 1500
   config.batch_size = 8
-  config.eval_every = 400
+  config.eval_every = 500
   config.log_every = 25
-  config.checkpoint.every = 400
+  config.checkpoint.every = 500
   config.data.source = 'tfds:world/text@train'
   config.data.heldout_source = 'tfds:world/text@heldout'
   config.data.length = 256

@@ -52,10 +52,12 @@ def mean(
     soft_cap: c of the module; 0: none.
     z_loss: adds z_loss * logsumexp(logits)^2 to each -log p (PaLM, arXiv
       2204.02311, section 5).
-    chunk: positions (of all rows) a time; 0: by the size of the vocabulary.
+    chunk: at most so many positions (of all rows) at a time; 0: by the size
+      of the vocabulary.
 
   Returns:
-    (total, weight), float32 scalars; both differentiable.
+    (total, weight), float32 scalars; both differentiable, also by the
+    weights where they are not 0.
   """
   length = _chunk_length(chunk, targets_BL.shape, head_VD.shape[0])
   shards = _shards(targets_BL.shape)
@@ -125,9 +127,9 @@ def _chunk_length(chunk: int, shape: tuple[int, int], num_vocab: int) -> int:
   (rows, length), (row_shards, column_shards) = shape, _shards(shape)
   if not chunk:
     chunk = max(_LOGITS * row_shards // (rows * num_vocab), 1)
-  # Chunks of even length: the last one is filled up with zeros.
+  # As many chunks, but even: the last one is filled up with zeros.
   length //= column_shards
-  return -(-length // max(round(length / min(chunk, length)), 1))
+  return -(-length // -(-length // chunk))
 
 
 def _shards(shape: tuple[int, int]) -> tuple[int, int]:

@@ -8,6 +8,7 @@ figures of all stages stand in `summary.json`: {stage: {name: number}}.
 import json
 import pathlib
 import sys
+import textwrap
 import time
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from tpu_lm.generate import stream
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.progress import duration
 
-PROMPTS = ('', 'Questions for Tuesday:\n', 'Two little sums')
+PROMPTS = ('', 'Questions for Tuesday:\n', 'Sold in Luton in June\n')
 _CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 
 
@@ -59,8 +60,8 @@ def _samples(folder: pathlib.Path, seed: int) -> None:
       seed=seed,
     )
     print('  ' + '─' * 76)
-    text = prompt + ''.join(pieces)
-    print('\n'.join(f'  {line}' for line in text.strip().split('\n')))
+    for line in (prompt + ''.join(pieces)).strip().split('\n'):
+      print(textwrap.fill(line, 76, initial_indent='  ', subsequent_indent='  '))
   print('  ' + '─' * 76, flush=True)
 
 

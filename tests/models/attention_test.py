@@ -230,7 +230,7 @@ def test_memory_grows_with_the_length_not_with_its_square():
   square = 4 * 1280 * 1280 * 4  # float32 logits of four heads
   assert temporaries(1280, 'xla') > square
   long = temporaries(1280, 'chunked')
-  assert long < square / 2
+  assert long < 0.6 * square  # all chunks at once: 1.7
   assert long < 3 * temporaries(640, 'chunked')
 
 
