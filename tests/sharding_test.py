@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -272,9 +273,11 @@ def test_loss_and_gradient_are_those_of_one_device(axes, name):
 def uncached():
   """Programs are compiled anew, so that what XLA says of them is said."""
   jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # else JAX remembers that there is one
   jax.clear_caches()
   yield
   jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize('axes', [MIXED, {'fsdp': 8}])

@@ -61,7 +61,7 @@ def _samples(folder: pathlib.Path, seed: int) -> None:
     )
     print('  ' + '─' * 76)
     for line in (prompt + ''.join(pieces)).strip().split('\n'):
-      print(textwrap.fill(line, 76, initial_indent='  ', subsequent_indent='  '))
+      print(textwrap.indent(textwrap.fill(line, 76), '  '))
   print('  ' + '─' * 76, flush=True)
 
 

@@ -9,8 +9,8 @@ key-value heads (arXiv 2305.13245). A query sees a key when all of these hold:
 Kernels:
   chunked  queries in chunks; each reads only the keys that it may see, and
            its probabilities are made again in the backward pass, so that
-           memory grows with L, not with L x L. Heads stand before positions in it, which
-           spares XLA:CPU a transposition a matmul.
+           memory grows with L, not with L x L. Heads stand before positions
+           in it, which spares XLA:CPU a transposition a matmul.
   xla      jax.nn.dot_product_attention: holds L x L logits.
   cudnn    the same with cuDNN's fused kernel (NVIDIA GPUs, 16-bit).
   auto     cudnn where it applies, else chunked.
