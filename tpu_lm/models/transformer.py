@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from tpu_lm import sharding, weights
 from tpu_lm.models import attention, rope
 
-Cache = Any  # {'k': [N,B,S,G,K], 'v': [N,B,S,G,K]}; slot s holds position s
+# {'k': [N,B,G,S,K], 'v': [N,B,G,S,K]}; slot s holds position s. Heads stand
+# before slots: decoding read the other order 2 to 4 times slower on a CPU.
+Cache = Any
 
 # What the backward pass may keep instead of computing again.
 REMAT = {
@@ -224,7 +226,7 @@ class Attention(Block):
         'k': _write(cache['k'], k_BSGK, positions_BL[:, 0]),
         'v': _write(cache['v'], v_BSGK, positions_BL[:, 0]),
       }
-      k_BSGK, v_BSGK = cache['k'], cache['v']
+      k_BSGK, v_BSGK = (cache[name].swapaxes(1, 2) for name in 'kv')
       slots_BS = jnp.arange(k_BSGK.shape[1])[None]
       positions = (positions_BL, slots_BS)
     elif segment_ids_BL is not None:
@@ -247,15 +249,15 @@ class Attention(Block):
     return y_BLD, cache
 
 
-def _write(cache_BSGK, new_BLGK, start_B):
+def _write(cache_BGSK, new_BLGK, start_B):
   """Writes new keys or values into the slots from `start_B` on."""
 
-  def row(cache_SGK, new_LGK, start):
+  def row(cache_GSK, new_GLK, start):
     return jax.lax.dynamic_update_slice(
-      cache_SGK, new_LGK.astype(cache_SGK.dtype), (start, 0, 0)
+      cache_GSK, new_GLK.astype(cache_GSK.dtype), (0, start, 0)
     )
 
-  return jax.vmap(row)(cache_BSGK, new_BLGK, start_B)
+  return jax.vmap(row)(cache_BGSK, new_BLGK.swapaxes(1, 2), start_B)
 
 
 class Mlp(Block):
@@ -399,7 +401,7 @@ def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
 def init_cache(config: Config, batch: int, length: int) -> Cache:
   """An empty cache for `batch` rows of up to `length` tokens."""
   shape = (
-    config.num_layers, batch, length, config.kv_heads, config.head_size,
+    config.num_layers, batch, config.kv_heads, length, config.head_size,
   )  # fmt: skip
   zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
   return {'k': zeros, 'v': zeros}
