@@ -3,8 +3,12 @@
   tpu_lm train --config=configs/pretrain.py:tiny --workdir=runs/mine \
     --config.data.source=PATH
 
-`:tiny` is for a laptop: 1.3 M parameters. Without it: 124 M parameters in
-bfloat16, for one host with 8 accelerators or more.
+`:tiny` is for a laptop: 0.9 M parameters, 500 steps of 16 x 256 tokens.
+Measured on 2 CPU cores, 2 minutes: 1.868 bits per byte on the held-out
+document of 22 Victorian books (14 MB of JSONL).
+
+Without it: 101 M parameters in bfloat16 on rows of 1,024, for one host with 8
+accelerators or more, fully sharded; not measured here, where there are none.
 """
 
 from tpu_lm import config as configs

@@ -4,7 +4,11 @@
     --config.data.source=PATH/tinyshakespeare.txt.gz
 
 4 layers, width 128, 4 heads, context 64, batch 12, 2,000 steps, 0.8 M
-parameters, Muon on the hidden matrices; the last tenth is held out.
+parameters; Muon on the hidden matrices, AdamW on the rest. The last tenth of
+the file is held out, and scored whole.
+
+Measured on 2 CPU cores, 1 to 2 minutes: 1.558 nats a byte (2.248 bits) on the
+held-out tenth; the published figure of a run of this size is 1.88.
 """
 
 from tpu_lm import config as configs

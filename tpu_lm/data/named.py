@@ -6,6 +6,8 @@ without TensorFlow. `datasets` is an optional package.
 
 import contextlib
 import importlib.util
+import io
+import logging
 import os
 import re
 import sys
@@ -27,9 +29,11 @@ def tfds_records(spec: str) -> Records:
 
   name, _, split = spec.partition('@')
   split = split or 'train'
-  if re.split('[/:]', name)[0] == 'world':
+  is_ours = re.split('[/:]', name)[0] == 'world'
+  if is_ours:
     from tpu_lm.data import world_tfds  # noqa: F401  registers it
-  builder = _builder(tfds, name)
+  with _quiet(is_ours):
+    builder = _builder(tfds, name)
   known = list(builder.info.splits)
   base = re.split(r'[\[+]', split)[0]
   if base not in known:
@@ -51,6 +55,16 @@ def tfds_records(spec: str) -> Records:
   return records
 
 
+@contextlib.contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+  """Keeps absl, through which TFDS warns, from warning."""
+  logger = logging.getLogger('absl')
+  before = logger.level
+  logger.setLevel(logging.ERROR if wanted else before)
+  yield
+  logger.setLevel(before)
+
+
 def _builder(tfds: Any, name: str) -> Any:
   """The builder of `name`, whose data has been made."""
   try:
@@ -67,11 +81,13 @@ def _builder(tfds: Any, name: str) -> Any:
     ) from error
   except (ValueError, AssertionError) as error:
     raise UserError(f'tfds:{name}: {_first_line(error)}') from error
-  if not sys.stderr.isatty():
+  is_ours = builder.name == 'world'  # made in a second, from nothing
+  if is_ours or not sys.stderr.isatty():
     tfds.disable_progress_bar()
   try:
     # It tells what it does on stdout, which belongs to our own results.
-    with contextlib.redirect_stdout(sys.stderr):
+    words = io.StringIO() if is_ours else sys.stderr
+    with contextlib.redirect_stdout(words):
       builder.download_and_prepare()
   except Exception as error:  # whatever that dataset's own code raises
     raise UserError(

@@ -115,6 +115,10 @@ def _request(data: ConfigDict) -> dict[str, Any]:
 def _stats(source: str, field: str) -> list[dict[str, Any]]:
   # Datasets known by name are taken to keep what they hold: to ask them
   # would import TensorFlow.
+  if source.startswith('tfds:world'):
+    from tpu_lm.data import world
+
+    return [{'name': source, 'version': world.version()}]
   if source.partition(':')[0] in _NAMED:
     return [{'name': source}]
   return sources.open(source, field).stats()
