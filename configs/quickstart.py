@@ -11,7 +11,7 @@ def get_config():
   config.steps = 1500
   config.batch_size = 8
   config.eval_every = 500
-  config.log_every = 25
+  config.log_every = 100
   config.checkpoint.every = 500
   config.data.source = 'tfds:world/text@train'
   config.data.heldout_source = 'tfds:world/text@heldout'

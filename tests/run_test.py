@@ -255,12 +255,26 @@ def test_the_data_may_not_change_under_a_run(folder, half, tmp_path):
   text = tmp_path / 'other.txt'
   text.write_text((folder / 'text.txt').read_text().replace('Ada', 'Eva'))
   before = (workdir / 'config.json').read_bytes()
-  with pytest.raises(UserError, match='was trained on other data'):
+  with pytest.raises(UserError, match=r'was trained with data\.source=.*other'):
     run.execute(
       config(folder, **{'data.source': text, 'data.dir': tmp_path / 'rows'}),
       workdir, quiet,
     )  # fmt: skip
   assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(
+  folder, half, tmp_path
+):
+  workdir = tmp_path / 'w'
+  shutil.copytree(half, workdir)
+  for step in (workdir / 'checkpoints').iterdir():
+    (step / 'seal.json').write_text('{}')
+  lines = (workdir / 'metrics.jsonl').read_bytes()
+  for _ in range(2):  # nor the second time, when they are set aside
+    with pytest.raises(UserError, match='every checkpoint is damaged'):
+      run.execute(config(folder), workdir, quiet)
+  assert (workdir / 'metrics.jsonl').read_bytes() == lines
 
 
 def test_load_reads_what_was_trained(folder, whole):

@@ -112,7 +112,7 @@ def test_training_does_not_depend_on_order_or_process(tmp_path):
 
 
 def test_what_cannot_be_trained_is_refused():
-  with pytest.raises(UserError, match=r'data.vocab_size=100: .* at least 260'):
+  with pytest.raises(UserError, match=r'vocab_size=100: set it to 260 or more'):
     tokenizer_lib.train([TEXT], 'bpe', 100)
   with pytest.raises(UserError, match=r"data.tokenizer=bytes: .*'byte'"):
     tokenizer_lib.train([TEXT], 'bytes')

@@ -64,3 +64,19 @@ def test_json_is_whole_or_the_old_one(tmp_path):
   with pytest.raises(UserError, match='cannot be written'):
     workdir.write_json(tmp_path / 'no' / 'such.json', {})
   assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+
+
+def test_a_mistake_leaves_no_new_directory(tmp_path):
+  with (
+    pytest.raises(UserError, match='a mistake'),
+    workdir.lock(tmp_path / 'new'),
+  ):
+    raise UserError('a mistake')
+  assert not (tmp_path / 'new').exists()
+  (tmp_path / 'old').mkdir()
+  with (
+    pytest.raises(UserError, match='a mistake'),
+    workdir.lock(tmp_path / 'old'),
+  ):
+    raise UserError('a mistake')
+  assert (tmp_path / 'old').exists()

@@ -55,6 +55,12 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
   from tpu_lm import devices, run
   from tpu_lm.generate import sampler, stream
 
+  try:
+    args.prompt.encode()
+  except UnicodeEncodeError as error:
+    raise UserError('--prompt: is not UTF-8; give UTF-8 text') from error
+  if not 0 <= args.seed < 2**32:
+    raise UserError(f'--seed={args.seed}: must be from 0 to 2**32 - 1')
   devices.set_up()
   chosen = sampler.Sampler(args.temperature, args.top_k, args.top_p)
   loaded = run.load(args.workdir)
@@ -174,7 +180,12 @@ def make_parser() -> Parser:
         help='a file of configs/; --config.KEY=VALUE changes a key of it',
       )
     if workdir:
-      one.add_argument('--workdir', type=pathlib.Path, required=True)
+      one.add_argument(
+        '--workdir',
+        type=pathlib.Path,
+        required=True,
+        help='the folder of the run',
+      )
     return one
 
   one = command(train, 'train', config=True)
@@ -189,8 +200,18 @@ def make_parser() -> Parser:
     default='',
     help='HOST:PORT of process 0, or auto on Cloud TPU',
   )
-  one.add_argument('--processes', type=_number(int, 1), default=1)
-  one.add_argument('--process', type=_number(int, 0), default=0)
+  one.add_argument(
+    '--processes',
+    type=_number(int, 1),
+    default=1,
+    help='how many processes make up the run',
+  )
+  one.add_argument(
+    '--process',
+    type=_number(int, 0),
+    default=0,
+    help='which of them this is, from 0',
+  )
 
   one = command(prepare, 'prepare', config=True, workdir=False)
   one.add_argument('--workdir', type=pathlib.Path, default=None)
@@ -228,7 +249,12 @@ def make_parser() -> Parser:
   one.add_argument('--devices', type=_number(int, 1), default=0)
 
   one = command(drill, 'drill', config=True)
-  one.add_argument('--kills', type=_number(int, 0), default=20)
+  one.add_argument(
+    '--kills',
+    type=_number(int, 0),
+    default=20,
+    help='at random moments, besides one at each named point',
+  )
 
   command(doctor, 'doctor', workdir=False)
   one = command(quickstart, 'quickstart', workdir=False)

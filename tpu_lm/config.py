@@ -158,8 +158,8 @@ def check_variant(variant: str, known: tuple[str, ...]) -> None:
   """For `get_config`: refuses a variant that the file does not have."""
   if variant not in ('', *known):
     raise UserError(
-      f'--config=…:{variant}: no such variant{nearest(variant, known)}; '
-      f'there are {", ".join(known)}'
+      f'--config=…:{variant}: no such variant{nearest(variant, known)}; this '
+      f'file has {", ".join(known)}'
     )
 
 

@@ -77,6 +77,11 @@ class Run:
       config.data.length,
     )
     self.loader = open_rows(config, rows, 'train', self.model)
+    if self.loader.num_rows < config.batch_size:
+      report(
+        f'note: {self.loader.num_rows} training rows are fewer than a batch of '
+        f'{config.batch_size}: each step repeats some'
+      )
     self.checkpoints = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep=config.checkpoint.keep
     )
@@ -159,9 +164,24 @@ class Run:
     shapes = jax.eval_shape(self._fresh, self.root)
     state, frozen = sharding.abstract(shapes, self.mesh)
     whole = state._replace(params=weights.combine(state.params, frozen))
-    restored = self.checkpoints.restore(whole)
+    try:
+      restored = self.checkpoints.restore(whole)
+    except UserError as error:  # arrays of another shape: why?
+      self._refuse_other_data(error)
+      raise
+    damaged = self.workdir / 'checkpoints' / 'damaged'
+    if restored is None and damaged.is_dir() and any(damaged.iterdir()):
+      raise UserError(
+        f'{self.workdir}: every checkpoint is damaged, and set aside in '
+        f'{damaged}; remove that folder to train from the start again'
+      )
     if restored is not None:
-      self._check_data(restored.meta)
+      if restored.meta['fingerprint'] != self.loader.manifest.fingerprint:
+        self._refuse_other_data(None)
+        raise UserError(
+          f'{self.workdir}: the text of {self.config.data.source} has changed '
+          'since it was trained on; give the former files, or another --workdir'
+        )
       report(f'continues from step {restored.step:,} of {self.workdir}')
       params = self._split(restored.state.params)
       return restored.step, restored.state._replace(params=params[0]), params[1]
@@ -192,14 +212,15 @@ class Run:
     report(f'starts from the parameters of {other}, step {step:,}')
     return params
 
-  def _check_data(self, meta: dict) -> None:
-    before, now = meta['fingerprint'], self.loader.manifest.fingerprint
-    if before != now:
-      raise UserError(
-        f'{self.workdir}: was trained on other data (fingerprint '
-        f'{before[:12]}, now {now[:12]}); give the same data.* keys and '
-        'files, or another --workdir'
-      )
+  def _refuse_other_data(self, cause: Exception | None) -> None:
+    """Names the data key that differs from the run's own, if one does."""
+    old = configs.flatten(configs.read(self.workdir / 'config.json'))
+    for key, now in configs.flatten(self.config).items():
+      if key.startswith('data.') and key != 'data.dir' and old[key] != now:
+        raise UserError(
+          f'{self.workdir}: was trained with {key}={old[key]!r}, not {now!r}; '
+          f'give the same {key}, or another --workdir'
+        ) from cause
 
   # What the loop does between steps.
 

@@ -162,8 +162,8 @@ def train(texts: Iterable[str], kind: str, vocab_size: int = 0) -> Tokenizer:
   smallest = 256 + len(SPECIALS)
   if vocab_size < smallest:
     raise UserError(
-      f'data.vocab_size={vocab_size}: a bpe needs at least {smallest} (256 '
-      f'bytes and {len(SPECIALS)} special tokens)'
+      f'data.vocab_size={vocab_size}: set it to {smallest} or more (256 bytes '
+      f'and {len(SPECIALS)} special tokens)'
     )
   tokenizer = _byte_level({}, split=True)
   trainer = tokenizers.trainers.BpeTrainer(

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -32,10 +33,23 @@ def lock(workdir: str | os.PathLike) -> Iterator[pathlib.Path]:
   if jax.process_index() != 0:
     yield path
     return
+  was_there = path.exists()
   make(path)
-  with open(path / 'lock', 'a+') as f:
-    _hold(f, path)
-    yield path
+  try:
+    with open(path / 'lock', 'a+') as f:
+      _hold(f, path)
+      yield path
+  except UserError:
+    if not was_there:
+      _remove_if_empty(path)
+    raise
+
+
+def _remove_if_empty(path: pathlib.Path) -> None:
+  """Removes a working directory in which nothing but locks was written."""
+  found = {str(p.relative_to(path)) for p in path.rglob('*')}
+  if found <= {'lock', 'data', 'data/.lock'}:
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def make(workdir: str | os.PathLike) -> pathlib.Path:

@@ -147,7 +147,7 @@ def test_missing_field_names_the_nearest(tmp_path):
 @pytest.mark.parametrize(
   ('record', 'what'),
   [
-    ('{"text": 3}', "field 'text' holds a int, not text"),
+    ('{"text": 3}', "field 'text' holds 3 (int), not text"),
     ('{"text": null}', "field 'text' holds null, not text"),
     ('["text"]', 'a record must be a JSON object, not list'),
     ('{"text": "\\ud800"}', "field 'text' is no valid text"),
@@ -216,10 +216,9 @@ def test_what_is_not_there(tmp_path):
   assert "no such file or folder (did you mean 'shakespeare.txt'?)" in message
   assert 'nor is there a folder' in refused(tmp_path / 'a' / 'b.txt')
   (tmp_path / 'empty').mkdir()
-  assert 'holds no file of a known kind, but nothing' in refused(
-    tmp_path / 'empty'
-  )
+  assert 'empty: is empty; known are .txt' in refused(tmp_path / 'empty')
+  assert 'nosuch*.txt: no file matches' in refused(tmp_path / 'nosuch*.txt')
   (tmp_path / 'a.pdf').write_text('a')
   assert 'unknown kind of file' in refused(tmp_path / 'a.pdf')
-  assert 'but 1 other files' in refused(tmp_path / '*.pdf')
+  assert 'none of its 1 files is of a known kind' in refused(tmp_path / '*.pdf')
   assert 'data.source: is empty' in refused('')

@@ -368,7 +368,7 @@ def test_size_of_the_program_does_not_grow_with_depth():
     ({'dim': -4}, r'model\.dim=-4'),
     ({'hidden_dim': 0}, r'model\.hidden_dim=0'),
     ({'num_heads': 0}, r'model\.num_heads=0'),
-    ({'num_heads': 5}, r'model\.num_heads=5: does not divide model\.dim=32'),
+    ({'num_heads': 5}, r'model\.num_heads=5: must divide model\.dim=32'),
     ({'num_kv_heads': 3}, r'model\.num_kv_heads=3: does not divide'),
     ({'num_kv_heads': -1}, r'model\.num_kv_heads=-1'),
     ({'head_dim': 7}, r'model\.head_dim=7: must be even'),

@@ -308,7 +308,7 @@ def _document(origin: str, text: str) -> Document:
 
 
 def _spoken(value: Any) -> str:
-  return 'null' if value is None else f'a {type(value).__name__}'
+  return 'null' if value is None else f'{value!r:.40} ({type(value).__name__})'
 
 
 class RecordFile(_File):

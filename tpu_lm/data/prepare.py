@@ -436,7 +436,7 @@ class _Preparation:
       for key in ('text_bytes', 'tokens')
     }
     yield (
-      f'data: {self._source.name}: {counts["documents"]:,} documents, '
+      f'data: {self._source.name}: {counts["documents"]:,} document(s), '
       f'{total["text_bytes"] / 1e6:,.2f} MB of text, {total["tokens"]:,} '
       f'tokens of {made.vocab_size:,} kinds, {seconds:.1f} s'
     )
@@ -457,8 +457,8 @@ class _Preparation:
       rows = made.total(split, 'rows')
       padding = made.total(split, 'padding') / (rows * (made.length + 1))
       yield (
-        f'  {split}: {made.total(split, "documents"):,} documents '
-        f'({made.total(split, "documents_chunked"):,} chunked) in {rows:,} '
+        f'  {split}: {made.total(split, "documents"):,} document(s), '
+        f'{made.total(split, "documents_chunked"):,} cut, in {rows:,} '
         f'rows of {made.length}, {padding:.1%} padding'
       )
     yield f'  in {self.folder}'

@@ -130,11 +130,11 @@ def _paths(source: str) -> tuple[list[epath.Path], tuple[str, ...]]:
   known = sorted((p for p in found if files.kind_of(p)), key=str)
   unknown = tuple(sorted(str(p) for p in found if not files.kind_of(p)))
   if not known:
-    there = f'{len(unknown)} other files' if unknown else 'nothing'
-    raise UserError(
-      f'{source}: holds no file of a known kind, but {there}; known are '
-      f'{files.KNOWN}'
-    )
+    if unknown:
+      what = f'none of its {len(unknown)} files is of a known kind'
+    else:
+      what = 'no file matches' if glob.has_magic(source) else 'is empty'
+    raise UserError(f'{source}: {what}; known are {files.KNOWN}')
   return known, unknown
 
 

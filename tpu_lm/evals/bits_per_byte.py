@@ -13,6 +13,7 @@ import functools
 import math
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -166,7 +167,7 @@ def score(
 
   Args:
     loaded: what `run.load` returns.
-    workdir: of the model; rows that have to be made are kept in its `data`.
+    workdir: of the model.
     source: as `data.source`; all of it is scored.
 
   Raises:
@@ -174,10 +175,18 @@ def score(
       since, and its tokens are not those of the model.
   """
   config = copy.deepcopy(loaded.config)
-  if source:
-    config.data.source = config.data.heldout_source = source
-    config.data.tokenizer = str(pathlib.Path(workdir) / 'tokenizer')
-  found = prepare.prepare(config, data_dir(config, workdir), _tell)
+  if not source:
+    return _score(loaded, config, workdir, data_dir(config, workdir))
+  config.data.source = config.data.heldout_source = source
+  config.data.tokenizer = str(pathlib.Path(workdir) / 'tokenizer')
+  with tempfile.TemporaryDirectory() as folder:
+    return _score(loaded, config, workdir, pathlib.Path(folder))
+
+
+def _score(
+  loaded: Any, config: Any, workdir: pathlib.Path, folder: pathlib.Path
+) -> dict[str, float]:
+  found = prepare.prepare(config, folder, _tell)
   if found.content['tokenizer']['digest'] != loaded.tokenizer.digest:
     raise UserError(
       f'{config.data.source}: has changed since {workdir} was trained, and '

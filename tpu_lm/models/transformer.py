@@ -102,7 +102,7 @@ class Config:
     if not self.window_pattern:
       fail('window_pattern', 'give a 1 or 0 for at least one layer')
     if not self.head_dim and self.dim % self.num_heads:
-      fail('num_heads', f'does not divide model.dim={self.dim}')
+      fail('num_heads', f'must divide model.dim={self.dim}, or give head_dim')
     if self.num_heads % self.kv_heads:
       fail('num_kv_heads', f'does not divide num_heads={self.num_heads}')
     if self.head_size % 2:
