@@ -159,6 +159,94 @@ def _number(kind: Callable, low: float) -> Callable:
   return parse
 
 
+def _option(flag: str, text: str, **how) -> tuple[str, dict]:
+  return flag, {'help': text, **how}
+
+
+def _folder(default: str | None) -> tuple[str, dict]:
+  """`--workdir`, required where it has no default."""
+  how = {'required': True} if default is None else {'default': default}
+  return _option('--workdir', 'the folder of the run', type=_path, **how)
+
+
+def _path(text: str) -> pathlib.Path | None:
+  return pathlib.Path(text) if text else None
+
+
+_CONFIG = _option(
+  '--config',
+  'a file of configs/; --config.KEY=VALUE changes a key of it',
+  required=True,
+  metavar='FILE[:VARIANT]',
+)
+_DEVICES = _option(
+  '--devices',
+  'simulate so many devices on the CPU',
+  type=_number(int, 1),
+  default=0,
+)
+_PROCESSES = (
+  _option(
+    '--coordinator',
+    'HOST:PORT of process 0, or auto on Cloud TPU',
+    default='',
+  ),
+  _option(
+    '--processes',
+    'how many processes make up the run',
+    type=_number(int, 1),
+    default=1,
+  ),
+  _option(
+    '--process',
+    'which of them this is, from 0',
+    type=_number(int, 0),
+    default=0,
+  ),
+)
+_SAMPLING = (
+  _option('--prompt', 'how the text begins', default=''),
+  _option(
+    '--max_new_tokens',
+    'default: up to the trained length',
+    type=_number(int, 1),
+    default=None,
+  ),
+  _option('--temperature', '0: the likeliest', type=float, default=0.8),
+  _option('--top_k', '0: no limit', type=int, default=0),
+  _option('--top_p', '1: no limit', type=float, default=1.0),
+  _option('--seed', 'the same gives the same text', type=int, default=0),
+  _option(
+    '--stop',
+    'end before this text; may be given again',
+    action='append',
+    default=[],
+    metavar='TEXT',
+  ),
+)
+_ROWS = _option('--rows', 'shown of the batch', type=_number(int, 1), default=2)
+_KILLS = _option(
+  '--kills',
+  'at random moments, besides one at each named point',
+  type=_number(int, 0),
+  default=20,
+)
+_SOURCE = _option(
+  '--source', 'other text; the default is the held-out split', default=''
+)
+# What a user types, the function, its options.
+COMMANDS = {
+  'quickstart': (quickstart, [_folder('runs/quickstart')]),
+  'train': (train, [_CONFIG, _folder(None), _DEVICES, *_PROCESSES]),
+  'generate': (generate, [_folder(None), *_SAMPLING]),
+  'eval': (evaluate, [_folder(None), _SOURCE]),
+  'prepare': (prepare, [_CONFIG, _folder('')]),
+  'check': (check, [_CONFIG, _folder('runs/check'), _ROWS, _DEVICES]),
+  'drill': (drill, [_CONFIG, _folder(None), _KILLS]),
+  'doctor': (doctor, []),
+}
+
+
 def make_parser() -> Parser:
   """Declares every command with its options."""
   parser = Parser(
@@ -166,101 +254,12 @@ def make_parser() -> Parser:
   )
   parser.add_argument('--version', action='version', version=__version__)
   commands = parser.add_subparsers(dest='command', required=True)
-
-  def command(function: Callable, name: str, *, config=False, workdir=True):
-    one = commands.add_parser(
-      name, help=function.__doc__, description=function.__doc__
-    )
+  for name, (function, options) in COMMANDS.items():
+    text = function.__doc__
+    one = commands.add_parser(name, help=text, description=text)
     one.set_defaults(function=function)
-    if config:
-      one.add_argument(
-        '--config',
-        required=True,
-        metavar='FILE[:VARIANT]',
-        help='a file of configs/; --config.KEY=VALUE changes a key of it',
-      )
-    if workdir:
-      one.add_argument(
-        '--workdir',
-        type=pathlib.Path,
-        required=True,
-        help='the folder of the run',
-      )
-    return one
-
-  one = command(train, 'train', config=True)
-  one.add_argument(
-    '--devices',
-    type=_number(int, 1),
-    default=0,
-    help='simulate so many devices on the CPU',
-  )
-  one.add_argument(
-    '--coordinator',
-    default='',
-    help='HOST:PORT of process 0, or auto on Cloud TPU',
-  )
-  one.add_argument(
-    '--processes',
-    type=_number(int, 1),
-    default=1,
-    help='how many processes make up the run',
-  )
-  one.add_argument(
-    '--process',
-    type=_number(int, 0),
-    default=0,
-    help='which of them this is, from 0',
-  )
-
-  one = command(prepare, 'prepare', config=True, workdir=False)
-  one.add_argument('--workdir', type=pathlib.Path, default=None)
-
-  one = command(generate, 'generate')
-  one.add_argument('--prompt', default='')
-  one.add_argument(
-    '--max_new_tokens',
-    type=_number(int, 1),
-    default=None,
-    help='default: up to the trained length',
-  )
-  one.add_argument('--temperature', type=float, default=0.8)
-  one.add_argument('--top_k', type=int, default=0, help='0: no limit')
-  one.add_argument('--top_p', type=float, default=1.0)
-  one.add_argument('--seed', type=int, default=0)
-  one.add_argument(
-    '--stop',
-    action='append',
-    default=[],
-    metavar='TEXT',
-    help='end before this text; may be given again',
-  )
-
-  one = command(evaluate, 'eval')
-  one.add_argument(
-    '--source', default='', help='other text; the default is the held-out split'
-  )
-
-  one = command(check, 'check', config=True, workdir=False)
-  one.add_argument(
-    '--workdir', type=pathlib.Path, default=pathlib.Path('runs/check')
-  )
-  one.add_argument('--rows', type=_number(int, 1), default=2)
-  one.add_argument('--devices', type=_number(int, 1), default=0)
-
-  one = command(drill, 'drill', config=True)
-  one.add_argument(
-    '--kills',
-    type=_number(int, 0),
-    default=20,
-    help='at random moments, besides one at each named point',
-  )
-
-  command(doctor, 'doctor', workdir=False)
-  one = command(quickstart, 'quickstart', workdir=False)
-  one.add_argument(
-    '--workdir', type=pathlib.Path, default=pathlib.Path('runs/quickstart')
-  )
+    for flag, how in options:
+      one.add_argument(flag, **how)
   return parser
 
 

@@ -305,6 +305,13 @@ class Layer(nn.Module):
     return sharding.constrain_activations(x_BLD), cache
 
 
+def _angles(config: Config, positions_BL: jax.Array):
+  """(cos, sin) of sliding layers, and of the others."""
+  head, local = config.head_size, config.rope_local_theta
+  whole = rope.sinusoids(positions_BL, head, config.rope_theta, config.scaling)
+  return rope.sinusoids(positions_BL, head, local) if local else whole, whole
+
+
 class Transformer(nn.Module):
   """Tokens to the hidden states that the output head reads."""
 
@@ -344,15 +351,7 @@ class Transformer(nn.Module):
     if config.scale_embedding:
       x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
     x_BLD = sharding.constrain_activations(x_BLD)
-    whole = rope.sinusoids(
-      positions_BL, config.head_size, config.rope_theta, config.scaling
-    )
-    local = whole
-    if config.rope_local_theta:
-      local = rope.sinusoids(
-        positions_BL, config.head_size, config.rope_local_theta
-      )
-    angles = (local, whole)
+    angles = _angles(config, positions_BL)
     windows_N = None
     if len(set(config.windows)) > 1:
       windows_N = jnp.array(config.windows, jnp.int32)
