@@ -3,6 +3,11 @@
   python benchmarks/train_step.py --shape=micro            steps of the loop
   python benchmarks/train_step.py --shape=small --bare     the jitted update
   python benchmarks/train_step.py --overhead               both, in turn
+  python benchmarks/train_step.py --stage=dpo              another stage
+
+`sft` trains on packed conversations of the shape's rows; `dpo` and `reward` on
+8 pairs of 128 tokens (prompt 64, answer 64), as the peers' scripts do. Other
+keys: `--set KEY=VALUE`, e.g. `--set 'transforms=lora(rank=8)'`.
 
 Trains a Llama-shaped model in float32 with AdamW, clipping, guards and packed
 rows of text that the generated world yields, through the same `Run` and
@@ -12,10 +17,14 @@ adds, median over the pairs. `protocol.py` says what is printed.
 """
 
 import json
+import math
 import pathlib
+import random
 import statistics
+import string
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,14 +38,46 @@ from tpu_lm.data import world
 from tpu_lm.phases import Phases
 
 _DOCUMENTS = 400  # some 100 kB of text
+_STAGES = ('pretrain', 'sft', 'dpo', 'reward')
+_PAIR = (8, 128)  # pairs a step, tokens of a half
+
+
+def _texts() -> Iterator[str]:
+  return (d.text for d in world.documents(0, 'train', _DOCUMENTS))
+
+
+def _conversations() -> Iterator[dict]:
+  return world.conversations(0, 'train', 10 * _DOCUMENTS)
+
+
+def _pairs() -> Iterator[dict]:
+  """Halves of 128 tokens by ChatML and one byte a token."""
+  random.seed(0)
+
+  def text(num_tokens: int) -> str:
+    return ''.join(random.choices(string.ascii_letters, k=num_tokens))
+
+  for _ in range(_DOCUMENTS):
+    # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n are 20 tokens.
+    yield {'prompt': text(44), 'chosen': text(63), 'rejected': text(63)}
+
+
+def _write_source(stage: str, folder: pathlib.Path) -> pathlib.Path:
+  if stage == 'pretrain':
+    source = folder / 'world.txt'
+    source.write_text('\n\n'.join(_texts()))
+    return source
+  source = folder / 'world.jsonl'
+  records = _conversations() if stage == 'sft' else _pairs()
+  source.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  return source
 
 
 def configuration(args: Any, folder: pathlib.Path):
   """The configuration of a shape; writes the text that it trains on."""
-  source = folder / 'world.txt'
-  texts = (d.text for d in world.documents(0, 'train', _DOCUMENTS))
-  source.write_text('\n\n'.join(texts))
+  source = _write_source(args.stage, folder)
   config = configs.base()
+  config.stage_name = args.stage
   config.steps = 1_000_000  # never reached
   config.eval_every, config.evals, config.checkpoint.every = 0, (), 1_000_000
   config.data.source, config.data.tokenizer = str(source), 'byte'
@@ -51,7 +92,12 @@ def configuration(args: Any, folder: pathlib.Path):
     config.data.length,
     config.batch_size,
   ) = protocol.SHAPES[args.shape]
+  if args.stage in ('dpo', 'reward'):
+    config.batch_size, config.data.length = _PAIR
+    model.scalar_head = args.stage == 'reward'
   model.update(json.loads(args.model))
+  for text in args.set:
+    configs.override(config, *text.split('=', 1))
   return config
 
 
@@ -61,7 +107,7 @@ class TimedRun(runs.Run):
   def start_timing(self, clock: protocol.Clock, overhead: bool) -> None:
     self.clock, self.compiled = clock, self.update
     self.bare_seconds, self.newest = [], None
-    self.sample = self.put(self.loader.batch(0))
+    self.sample = self.put(next(self.batches(0)))
     self.twin = jax.tree.map(jnp.copy, self.state) if overhead else None
 
     def update(*args):
@@ -104,10 +150,15 @@ def main() -> None:
   parser.add_argument('--bare', action='store_true')
   parser.add_argument('--overhead', action='store_true')
   parser.add_argument('--model', default='{}', help='JSON of model.* keys')
+  parser.add_argument('--stage', default='pretrain', choices=_STAGES)
+  parser.add_argument('--set', action='append', default=[])
   args = parser.parse_args()
   *_, length, rows = protocol.SHAPES[args.shape]
-  name = f'tpu_lm {"update" if args.bare else "loop"}'
-  clock = protocol.Clock(name, args, rows * length)
+  num_tokens = rows * length
+  if args.stage in ('dpo', 'reward'):
+    num_tokens = 2 * math.prod(_PAIR)
+  name = f'tpu_lm {args.stage} {"update" if args.bare else "loop"}'
+  clock = protocol.Clock(name, args, num_tokens)
   devices.set_up()
   with (
     clock.running(),

@@ -1,13 +1,20 @@
-"""The world of `tpu_lm quickstart`: a language with a known entropy.
+"""The stages of `tpu_lm quickstart`, on a language with a known entropy.
 
-tpu_lm train --config=configs/quickstart.py --workdir=runs/world
+  tpu_lm train --config=configs/quickstart.py --workdir=runs/world
+  tpu_lm train --config=configs/quickstart.py:sft --workdir=runs/sft \
+    --config.init_from=runs/world
+
+Without a variant it pretrains; `sft`, `lora` and `qlora` start from that,
+`reward` and `dpo` from `sft`. `student` pretrains a model of half the size,
+and `distill` the same one with a teacher (`--config.stage.teacher=DIR`).
 """
 
 from tpu_lm import config as configs
 
+VARIANTS = ('sft', 'lora', 'qlora', 'reward', 'dpo', 'student', 'distill')
 
-def get_config():
-  config = configs.base()
+
+def _pretrain(config):
   config.steps = 1500
   config.batch_size = 8
   config.eval_every = 500
@@ -29,4 +36,60 @@ def get_config():
   config.optimizer.schedule = 'linear'
   config.optimizer.final = 0.0
   config.optimizer.weight_decay = 0.0
+
+
+def _student(config):
+  config.steps = 300
+  config.eval_every = 0
+  config.model.num_layers = 3
+  config.model.dim = 96
+  config.model.hidden_dim = 288
+
+
+def _fine_tune(config, kind: str):
+  config.batch_size = 8
+  config.eval_every = 0
+  config.log_every = 20
+  config.checkpoint.every = 1000
+  config.data.source = f'tfds:world/{kind}@train'
+  config.data.heldout_source = f'tfds:world/{kind}@heldout'
+  config.data.length = 256
+  config.optimizer.warmup = 10
+  config.optimizer.schedule = 'linear'
+  config.optimizer.final = 0.0
+  config.optimizer.weight_decay = 0.0
+
+
+def get_config(variant: str = ''):
+  configs.check_variant(variant, VARIANTS)
+  config = configs.base()
+  if variant in ('', 'student', 'distill'):
+    _pretrain(config)
+  if variant in ('student', 'distill'):
+    _student(config)
+  if variant == 'distill':
+    config.stage_name = 'distill'
+    config.stage.on_the_fly = True
+  if variant in ('sft', 'lora', 'qlora'):
+    _fine_tune(config, 'chat')
+    config.stage_name = 'sft'
+    config.steps = 200
+    config.optimizer.learning_rate = 2e-3
+  if variant in ('lora', 'qlora'):
+    config.transforms = 'lora(rank=2, alpha=4)'
+    config.optimizer.learning_rate = 2e-2
+  if variant == 'qlora':
+    config.transforms = 'nf4, ' + config.transforms
+  if variant in ('reward', 'dpo'):
+    _fine_tune(config, 'preference')
+    config.stage_name = variant
+    config.evals = ('heldout',)
+  if variant == 'reward':
+    config.model.scalar_head = True
+    config.steps = 150
+    config.optimizer.learning_rate = 1e-3
+  if variant == 'dpo':
+    config.steps = 60
+    config.stage.beta = 0.1
+    config.optimizer.learning_rate = 2e-4
   return config

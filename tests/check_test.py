@@ -1,4 +1,6 @@
+import functools
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,123 @@ def test_what_depends_on_the_computation_is_found(loss, differing):
     if apart > check.LOSS_TOLERANCE or gradient > check.GRADIENT_TOLERANCE
   }
   assert found == differing
+
+
+def pairs():
+  """Two rows of pairs; in the first, two of them, of different lengths."""
+  batch = {}
+  for prefix, sizes in (('chosen_', (3, 2, 4)), ('rejected_', (2, 3, 3))):
+    segments = np.zeros((2, 9), np.int32)
+    for number, (row, at) in enumerate([(0, 0), (0, 4), (1, 0)]):
+      segments[row, at : at + sizes[number]] = 1 + (number == 1)
+    batch[f'{prefix}segment_ids'] = segments
+    batch[f'{prefix}tokens'] = np.arange(18, dtype=np.int32).reshape(2, 9) + 10
+    batch[f'{prefix}loss_mask'] = segments > 0
+    batch[f'{prefix}positions'] = np.zeros((2, 9), np.int32)
+  batch['margins'] = np.array([[0.5, 2.0], [1.5, 0.0]], np.float32)
+  return batch
+
+
+def test_unpack_moves_what_belongs_to_a_record():
+  batch = pairs()
+  batch['row'] = np.array([7, 8])
+  rows = check.unpack(batch)
+  assert rows['margins'].tolist() == [[0.5, 0.0], [2.0, 0.0], [1.5, 0.0]]
+  assert rows['row'].tolist() == [7, 7, 8]
+  assert rows['chosen_tokens'][1].tolist() == [14, 15, 0, 0, 0, 0, 0, 0, 0]
+  assert rows['rejected_tokens'][1].tolist() == [14, 15, 16, 0, 0, 0, 0, 0, 0]
+  assert rows['rejected_segment_ids'].sum(axis=1).tolist() == [2, 3, 3]
+  assert rows['rejected_segment_ids'].max() == 1
+
+
+def test_unpack_moves_what_a_teacher_says():
+  batch = tiny.batch(4)
+  shape = (4, tiny.LENGTH, 3)
+  batch['teacher_ids'] = np.arange(np.prod(shape)).reshape(shape)
+  rows = check.unpack(batch)
+  at = 0
+  for r, segments in enumerate(batch['segment_ids']):
+    for segment in np.unique(segments[segments > 0]):
+      held = np.flatnonzero(segments[:-1] == segment)
+      np.testing.assert_array_equal(
+        rows['teacher_ids'][at, : len(held)], batch['teacher_ids'][r, held]
+      )
+      assert not rows['teacher_ids'][at, len(held) :].any()
+      at += 1
+
+
+def test_pairs_are_shown_one_under_the_other():
+  tokens = tokenizer.train([], 'byte', 0)
+  batch = pairs()
+  for prefix in ('chosen_', 'rejected_'):
+    batch[f'{prefix}tokens'] += ord('A') - 10 + 4  # the byte A
+    batch[f'{prefix}loss_mask'][:, 1::4] = False
+  out = io.StringIO()
+  check.show(batch, tokens, 1, out, 'records')
+  lines = out.getvalue().splitlines()
+  assert lines[2:9] == [
+    'row 0',
+    'record 1, margin 0.5',
+    'chosen: ‹AB›C',
+    'rejected: ‹AB›',
+    'record 2, margin 2',
+    'chosen: ‹EF›',
+    'rejected: ‹EF›G',
+  ]
+  assert '5 of 32 positions are trained (15.6%), 3 records in 2' in lines[-1]
+
+
+def test_a_value_of_the_wrong_record_is_found():
+  """A loss that takes the first margin of a row for all of its pairs."""
+
+  def loss(params, batch, key, right):
+    del key
+    total = weight = jnp.float32(0)
+    for slot in range(batch['margins'].shape[1]):
+      held = batch['chosen_segment_ids'] == slot + 1
+      counts = held.any(axis=1)
+      x = params['table'][batch['chosen_tokens']].sum(-1)
+      x = jnp.where(held, x, 0).sum(axis=1)
+      margins = batch['margins'][:, slot if right else 0]
+      total += jnp.where(counts, x * margins, 0).sum()
+      weight += counts.sum()
+    return Mean(total, weight), {}
+
+  params = {'table': np.random.default_rng(0).normal(size=(64, 4))}
+  params = jax.tree.map(lambda x: x.astype(np.float32), params)
+  found = []
+  for right in (True, False):
+    lines = check.prove(functools.partial(loss, right=right), params, pairs())
+    found.append({what for what, apart, _ in lines if apart > 1e-5})
+  assert found == [set(), {'documents unpacked'}]
+
+
+@pytest.mark.parametrize(
+  ('name', 'answers', 'told'),
+  [
+    ('dpo', {'chosen': 'an oak', 'rejected': 'a key'}, 'rejected: ‹'),
+    ('kto', {'completion': 'an oak', 'label': True}, 'score 0'),
+  ],
+)
+def test_stages_of_records(config, tmp_path, capsys, name, answers, told):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(
+    ''.join(
+      json.dumps(
+        {'prompt': f'Day {n}?', **answers}
+        | ({'completion': f'{n} keys', 'label': False} if n % 2 else {})
+      )
+      + '\n'
+      for n in range(40)
+    )
+  )
+  status = cli.main(
+    ['check', f'--config={config}', f'--workdir={tmp_path / "run"}',
+     f'--config.stage_name={name}', f'--config.data.source={path}',
+     '--config.batch_size=2', '--config.data.length=80', '--rows=1']
+  )  # fmt: skip
+  shown = capsys.readouterr().out
+  assert status == 0, shown
+  assert told in shown
+  assert 'an oak⟦<|im_end|>⟧' in shown
+  assert f'{"documents unpacked":<28}  the same' in shown

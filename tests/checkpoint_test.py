@@ -165,9 +165,9 @@ def test_params_alone_in_another_dtype(two_steps):
 
 def test_meta_alone(two_steps):
   reader = checkpoint.Checkpoints(two_steps, read_only=True)
-  assert reader.restore_meta(1) == {'fingerprint': 'f1'}
+  assert reader.content(1)['caller'] == {'fingerprint': 'f1'}
   with pytest.raises(UserError, match='no step 7'):
-    reader.restore_meta(7)
+    reader.content(7)
 
 
 # Another model is no damage.

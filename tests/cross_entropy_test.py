@@ -212,6 +212,35 @@ def test_the_value_alone_computes_no_gradient():
   assert flops(loss) < 0.5 * flops(jax.value_and_grad(loss, (0, 1)))
 
 
+def test_what_is_frozen_costs_no_gradient():
+  args = inputs(length=64, dim=64)
+
+  def loss(hidden, head):
+    return cross_entropy.mean(hidden, head, *args[2:], chunk=16)[0]
+
+  def measured(which):
+    f = jax.jit(jax.grad(loss, which))
+    flops = f.lower(*args[:2]).compile().cost_analysis()['flops']
+    return f(*args[:2]), flops
+
+  (hidden, head), both = measured((0, 1))
+  value = jax.jit(loss).lower(*args[:2]).compile().cost_analysis()['flops']
+  for which, expected in ((0, hidden), (1, head)):
+    found, flops = measured(which)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    # One matmul of the two that a gradient costs beside the logits.
+    assert abs((flops - value) / (both - value) - 0.5) < 0.1
+
+
+def test_the_sum_of_the_weights_alone_can_be_differentiated():
+  args = inputs()
+
+  def weight(weights):
+    return cross_entropy.mean(*args[:3], weights)[1]
+
+  np.testing.assert_array_equal(jax.grad(weight)(args[3]), 1.0)
+
+
 @pytest.mark.parametrize(
   'sizes', [{'data': 2, 'fsdp': 2}, {'data': 2, 'sequence': 2}, {'tensor': 4}]
 )

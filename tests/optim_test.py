@@ -10,7 +10,7 @@ import tiny
 from optax import contrib
 
 from tpu_lm import config as configs
-from tpu_lm import models, optim, sharding, stage
+from tpu_lm import models, optim, sharding, stage, weights
 from tpu_lm.errors import UserError
 
 FAMILIES = [
@@ -211,6 +211,50 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else(name):
   assert momenta.keys() == expected.keys()
   moments = named(state.inner_states['adam'].inner_state[0].mu)
   assert moments.keys() == named(shapes).keys() - expected.keys()
+
+
+@pytest.mark.parametrize('spec', ['lora(dora=True)', 'nf4, lora'])
+def test_muon_leaves_factors_to_adamw(spec):
+  model = tiny.model()
+  shapes = jax.eval_shape(
+    lambda key: weights.transform(model.init_params(key), spec, key),
+    jax.random.key(0),
+  )
+  trainable, _ = weights.partition(shapes, '')
+  tx, _ = optim.make(options(name='muon', warmup=0), 10)
+  state = jax.eval_shape(tx.init, trainable)
+  assert not named(state.inner_states['muon'].inner_state[0].mu)
+  moments = named(state.inner_states['adam'].inner_state[0].mu)
+  assert moments.keys() == named(trainable).keys()
+  updates, _ = jax.eval_shape(tx.update, trainable, state, trainable)
+  assert named(updates).keys() == moments.keys()
+
+
+def test_muon_takes_a_base_that_is_trained_beside_its_factors():
+  model = tiny.model()
+  shapes = jax.eval_shape(
+    lambda key: weights.transform(model.init_params(key), 'lora', key),
+    jax.random.key(0),
+  )
+  found = named(
+    optim.muon_axes(shapes),
+    lambda x: x is None or isinstance(x, contrib.MuonDimensionNumbers),
+  )
+  taken = {name for name, axes in found.items() if axes is not None}
+  assert len(taken) == 7
+  assert all(name.endswith('/base') for name in taken)
+  assert found['layers/attention/o/base'] == ((1, 2), (3,))
+
+
+def test_the_magnitudes_of_dora_do_not_decay():
+  params = {'layers': {'mlp': {'up': {'m': jnp.ones(3), 'a': jnp.ones(3)}}}}
+  tx, _ = optim.make(options(warmup=0, weight_decay=0.5), 10)
+  updates, _ = tx.update(
+    jax.tree.map(jnp.zeros_like, params), tx.init(params), params
+  )
+  updates = named(updates)
+  assert not np.any(updates['layers/mlp/up/m'])
+  assert np.all(updates['layers/mlp/up/a'] < 0)
 
 
 def test_muon_of_a_stack_is_muon_of_each_layer_as_a_matrix():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tpu_lm import checkpoint, metrics, run, sharding
+from tpu_lm import checkpoint, metrics, run, sharding, start
 from tpu_lm.errors import UserError
 from tpu_lm.phases import KILL_AT, Phases
 
@@ -278,7 +278,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(
 
 
 def test_load_reads_what_was_trained(folder, whole):
-  loaded = run.load(whole[0])
+  loaded = start.load(whole[0])
   assert loaded.step == 8
   assert loaded.config.to_dict() == config(folder).to_dict()
   assert_same(loaded.params, opened(config(folder), whole[0]).state.params)

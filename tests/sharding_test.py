@@ -118,6 +118,78 @@ def test_every_parameter_of_every_family_has_its_spec(name):
   assert found == {path: EXPECTED[path] for path in found}
 
 
+# What a weight may be made of (weights.py).
+PARTS = {
+  'int8': {
+    'embedding/values': P('tensor', 'fsdp'),
+    'embedding/scales': P('tensor', None),
+    'layers/attention/q/values': P(None, 'fsdp', 'tensor', None),
+    'layers/attention/q/scales': P(None, None, 'tensor', None),
+    'layers/attention/o/values': P(None, 'tensor', None, 'fsdp'),
+    'layers/attention/o/scales': P(None, None, None, 'fsdp'),
+    'layers/mlp/down/scales': P(None, None, 'fsdp'),
+  },
+  'nf4': {
+    'head/values': P('tensor', 'fsdp'),
+    'layers/mlp/up/codes': P(None, ('fsdp', 'tensor'), None),
+    'layers/mlp/up/peaks': P(None, ('fsdp', 'tensor')),
+    'layers/mlp/up/steps': P(),
+    'layers/mlp/up/mean': P(),
+  },
+  'lora(dora=True)': {
+    'layers/attention/q/base': P(None, 'fsdp', 'tensor', None),
+    'layers/attention/q/a': P(None, 'fsdp', None),
+    'layers/attention/q/b': P(None, None, 'tensor', None),
+    'layers/attention/q/m': P(None, 'tensor', None),
+    'layers/attention/o/a': P(None, 'tensor', None, None),
+    'layers/attention/o/b': P(None, None, 'fsdp'),
+    'layers/attention/o/m': P(None, 'fsdp'),
+    'layers/mlp/up/a': P(None, 'fsdp', None),
+    'layers/mlp/up/b': P(None, None, 'tensor'),
+    'layers/mlp/down/base': P(None, 'tensor', 'fsdp'),
+    'layers/mlp/down/a': P(None, 'tensor', None),
+    'layers/mlp/down/b': P(None, None, 'fsdp'),
+  },
+  'nf4, lora': {
+    'layers/attention/k/base/codes': P(None, ('fsdp', 'tensor'), None),
+    'layers/attention/k/a': P(None, 'fsdp', None),
+  },
+  'int8, lora': {
+    'layers/mlp/gate/base/values': P(None, 'fsdp', 'tensor'),
+    'layers/mlp/gate/base/scales': P(None, None, 'tensor'),
+  },
+}
+
+
+@pytest.mark.parametrize('spec', PARTS)
+def test_every_part_of_a_weight_has_its_spec(spec):
+  shapes = jax.eval_shape(
+    lambda p: weights.transform(p, spec, jax.random.key(0)),
+    shapes_of('llama', dim=64, hidden_dim=128),
+  )
+  mesh = tiny.mesh(**MIXED)
+  found = named_specs(sharding.shardings_of(shapes, mesh))
+  expected = PARTS[spec]
+  assert {name: found[name] for name in expected} == expected
+  # The optimizer's state of a factor lies as the factor.
+  tx, _ = optim.make(configs.base().optimizer, 1000)
+  if 'lora' in spec:
+    state = jax.eval_shape(tx.init, weights.partition(shapes, '')[0])
+    moments = named_specs(sharding.shardings_of(state, mesh))
+    for name, place in moments.items():
+      of = name.partition('mu/')[2] or name.partition('nu/')[2]
+      assert not of or place == found[of], name
+
+
+def test_blocks_are_divided_as_far_as_they_can_be():
+  spec = functools.partial(sharding.spec_of, 'layers/mlp/up/codes')
+  mesh = tiny.mesh(fsdp=2, tensor=4)
+  whole = P(None, ('fsdp', 'tensor'), None)
+  assert spec((2, 16, 32), mesh) == whole
+  assert spec((2, 6, 32), mesh) == P(None, 'fsdp', None)
+  assert spec((2, 5, 32), mesh) == P()
+
+
 def test_a_dimension_that_its_axis_does_not_divide_stays_whole():
   mesh = tiny.mesh(fsdp=8)
   assert sharding.spec_of('embedding', (61, 32), mesh) == P('tensor', 'fsdp')
@@ -263,6 +335,66 @@ def test_loss_and_gradient_are_those_of_one_device(axes, name):
   jax.tree_util.tree_map_with_path(
     lambda path, a, b: np.testing.assert_allclose(
       a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=str(path)
+    ),
+    grads,
+    expected,
+  )
+
+
+@functools.cache
+def adapted_gradient(spec, axes):
+  """(mean loss, gradient of the factors), made and laid out on a mesh."""
+  model = tiny.model('llama', dim=64, hidden_dim=128)
+  loss = stage.make('pretrain', model, lambda: None, {}).loss
+  plain = tiny.params(model)
+  mesh = tiny.mesh(**dict(axes))
+
+  def make(plain):
+    params = weights.transform(plain, spec, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: (
+        x + tiny.seeded(path, x.shape, 0.05)
+        if sharding.path_name(path).endswith('/b')
+        else x
+      ),
+      params,
+    )
+
+  with jax.set_mesh(mesh):
+    places = sharding.shardings_of(jax.eval_shape(make, plain), mesh)
+    params = tiny.jit(make, out_shardings=places)(plain)
+    trainable, frozen = weights.partition(params, '')
+    grads, mean, _ = tiny.jit(
+      lambda t, f, b: train.summed_gradients(
+        loss, t, f, b, jax.random.key(0), 1
+      )
+    )(trainable, frozen, sharding.put_batch(tiny.batch(8), mesh))
+  up = params['layers']['mlp']['up'].base
+  largest = max(jax.tree.leaves(up), key=lambda x: x.nbytes)
+  share = largest.addressable_shards[0].data.size / largest.size
+  return float(mean.total / mean.weight), jax.device_get(grads), share
+
+
+@pytest.mark.parametrize(
+  ('axes', 'share'),
+  [
+    ({'data': 8}, 1),
+    ({'fsdp': 8}, 1 / 8),
+    (MIXED, 1 / 4),
+    ({'data': 2, 'sequence': 2, 'tensor': 2}, 1 / 2),
+  ],
+)
+@pytest.mark.parametrize(
+  'spec', ['lora(dora=True)', 'int8, lora', 'nf4, lora(dora=True)']
+)
+def test_adapters_train_alike_on_every_mesh(spec, axes, share):
+  loss, grads, held = adapted_gradient(spec, tuple(axes.items()))
+  expected_loss, expected, _ = adapted_gradient(spec, (('data', 1),))
+  assert held == share
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  jax.tree_util.tree_map_with_path(
+    lambda path, a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=2e-5 * np.abs(b).max(), err_msg=str(path)
     ),
     grads,
     expected,

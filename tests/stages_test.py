@@ -19,37 +19,106 @@ from tpu_lm import sharding, stage, train
 
 ROWS = 32  # so that 4 microbatches still give each of 8 devices a row
 NAMES = stage.known('tpu_lm.stages')
-# What makes a batch of `ROWS` rows with ragged masks, by columns.
+# What makes a batch of `ROWS` rows, ragged in every way, by kind of rows.
 BATCHES = {
-  ('loss_mask', 'positions', 'segment_ids', 'tokens'): tiny.batch,
+  'text': tiny.batch,
+  'chat': tiny.batch,
+  'pairs': tiny.pairs,
+  'rated': tiny.rated,
+  'scored': tiny.scored,
+}
+# What a stage needs beyond its defaults, and what else of it is looked at:
+# (stage, rows) -> [(hyper-parameters, options of the network)].
+VARIANTS = {
+  ('reward', 'pairs'): [({'centring': 0.01}, {'scalar_head': True})],
+  ('reward', 'scored'): [({'loss_type': 'mse'}, {'scalar_head': True})],
+  ('distill', 'text'): [({}, {}), ({'top_k': 8, 'divergence': 'gjsd'}, {})],
 }
 
 
-def columns(name: str) -> tuple[str, ...]:
-  """The columns that the stage's docstring states."""
-  doc = importlib.import_module(f'tpu_lm.stages.{name}').__doc__
-  found = re.search(r'Columns: ([\w, \n]+?)(, all|\.)', doc)
-  assert found, f'stages/{name}.py: its docstring states no "Columns: …"'
-  return tuple(sorted(re.findall(r'\w+', found[1])))
+def module_of(name: str):
+  return importlib.import_module(f'tpu_lm.stages.{name}')
 
 
-@functools.cache
-def made(name: str):
-  """(stage, params, batch) of the tiny model."""
-  model = tiny.model()
-  params = tiny.params(model)
-  return (
-    stage.make(name, model, params, {}),
-    params,
-    BATCHES[columns(name)](ROWS),
+def cases() -> list[tuple[str, str, int]]:
+  """(stage, kind of rows, number of the variant); one of text and chat."""
+  found = []
+  for name in NAMES:
+    kinds = module_of(name).ROWS
+    if {'text', 'chat'} <= set(kinds):  # the same columns
+      kinds = tuple(kind for kind in kinds if kind != 'chat')
+    for kind in kinds:
+      variants = VARIANTS.get((name, kind), [({}, {})])
+      found += [(name, kind, i) for i in range(len(variants))]
+  return found
+
+
+CASES = cases()
+
+
+def label(value) -> str:
+  return '-'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+EVERY = pytest.mark.parametrize('case', CASES, ids=label)
+TEXTS = [case for case in CASES if case[1] in ('text', 'chat')]
+
+
+def stated(name: str, what: str) -> tuple[str, ...]:
+  """The names that the stage's docstring states after `what`."""
+  found = re.findall(
+    what + r': ([\w, \n]+?)(?:, all|\.)', module_of(name).__doc__
   )
+  assert found, f'stages/{name}.py: its docstring states no "{what}: …"'
+  return tuple(sorted(re.findall(r'\w+', ', '.join(found))))
+
+
+def columns(name: str, kind: str) -> tuple[str, ...]:
+  """The columns of prepared rows that the docstring states."""
+  kinds = module_of(name).ROWS
+  first = kind == kinds[0] or {kind, kinds[0]} == {'text', 'chat'}
+  return stated(name, 'Columns' if first else f'Columns of {kind}')
 
 
 @functools.cache
-def computed(name: str, microbatches: int, devices: int):
+def made(case, devices: int = 1):
+  """(stage, params, batch) of the tiny model; not yet through `prepare`."""
+  name, kind, number = case
+  hparams, options = VARIANTS.get((name, kind), [({}, {})])[number]
+  if name == 'distill':
+    directory, num_vocab = tiny.teacher()
+    hparams = hparams | {'teacher': directory}
+    options = options | {'vocab_size': num_vocab}
+  model = tiny.model(**options)
+  params = tiny.params(model)
+  # The reference is another network, or half of what it does stays unseen.
+  start = jax.tree.map(lambda x: x * 1.1, params)
+  with jax.set_mesh(tiny.mesh(data=devices)):  # a teacher is laid out on it
+    stage_ = stage.make(name, model, lambda: start, hparams)
+  return stage_, params, BATCHES[kind](ROWS)
+
+
+@functools.cache
+def prepared(case):
+  """What `prepare` makes of the batch, on the host."""
+  return jax.tree.map(np.asarray, spread(case, 1))
+
+
+def spread(case, devices: int):
+  """What `prepare` makes of the batch on several devices."""
+  stage_, params, batch = made(case, devices)
+  mesh = tiny.mesh(data=devices)
+  with jax.set_mesh(mesh):
+    put = sharding.put_batch(batch, mesh)
+    (part,) = stage_.prepare(params, put, jax.random.key(0))
+  return part
+
+
+@functools.cache
+def computed(case, microbatches: int, devices: int):
   """(mean loss, mean gradient) as float64 on the host."""
-  stage_, params, batch = made(name)
-  return gradient(stage_.loss, params, batch, microbatches, devices)
+  stage_, params, batch = made(case, devices)
+  return gradient(stage_, params, batch, microbatches, devices)
 
 
 def nothing(params):
@@ -57,12 +126,12 @@ def nothing(params):
   return jax.tree.map(lambda _: None, params)
 
 
-def gradient(loss, params, batch, microbatches=1, devices=1):
-  mesh = tiny.mesh(data=devices)
+def gradient(stage_, params, batch, microbatches=1, devices=1):
+  mesh, key = tiny.mesh(data=devices), jax.random.key(0)
   with jax.set_mesh(mesh):
-    grads, mean, _ = summed(loss, microbatches)(
-      params, sharding.put_batch(batch, mesh), jax.random.key(0)
-    )
+    batch = sharding.put_batch(batch, mesh)
+    (part,) = stage_.prepare(params, batch, key)
+    grads, mean, _ = summed(stage_.loss, microbatches)(params, part, key)
   weight = float(mean.weight)
   grads = jax.tree.map(lambda g: np.asarray(g, np.float64) / weight, grads)
   return float(mean.total) / weight, grads
@@ -90,9 +159,9 @@ def assert_close(found, expected, tolerance=1e-5):
   )
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_loss_is_finite_and_no_gradient_is_zero(name):
-  loss, grads = computed(name, 1, 1)
+@EVERY
+def test_loss_is_finite_and_no_gradient_is_zero(case):
+  loss, grads = computed(case, 1, 1)
   assert np.isfinite(loss)
 
   def look(path, g):
@@ -104,18 +173,26 @@ def test_loss_is_finite_and_no_gradient_is_zero(name):
   jax.tree_util.tree_map_with_path(look, grads)
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('devices', [1, 2, 8])
-@pytest.mark.parametrize('microbatches', [1, 2, 4])
-def test_accumulation_and_devices_change_nothing(name, microbatches, devices):
-  if (microbatches, devices) == (1, 1):
-    pytest.skip('what the others are compared with')
-  assert_close(computed(name, microbatches, devices), computed(name, 1, 1))
+# The loop is the same for all stages: one of them sees every combination.
+SPLITS = [
+  (case, *split)
+  for case in CASES
+  for split in (
+    [(m, d) for m in (1, 2, 4) for d in (1, 2, 8) if m * d > 1]
+    if case[0] == 'pretrain'
+    else [(4, 1), (1, 8), (4, 8)]
+  )
+]
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_loss_falls_on_a_fixed_batch(name):
-  stage_, params, batch = made(name)
+@pytest.mark.parametrize(('case', 'microbatches', 'devices'), SPLITS, ids=label)
+def test_accumulation_and_devices_change_nothing(case, microbatches, devices):
+  assert_close(computed(case, microbatches, devices), computed(case, 1, 1))
+
+
+@EVERY
+def test_loss_falls_on_a_fixed_batch(case):
+  stage_, params, batch = made(case)
   tx = optax.adam(1e-2)
   update = tiny.jit(
     train.make_update(
@@ -126,42 +203,107 @@ def test_loss_falls_on_a_fixed_batch(name):
   state = train.init(params, tx, 10)
   losses = []
   for step in range(12):
-    for part in stage_.prepare(params, batch, jax.random.key(step)):
-      state, metrics = update(
-        state, nothing(params), part, jax.random.key(step)
-      )
+    key = jax.random.key(step)
+    for part in stage_.prepare(state.params, batch, key):
+      state, metrics = update(state, nothing(params), part, key)
       losses.append(float(metrics['loss']))
   assert losses[-1] < 0.9 * losses[0]
   assert int(state.guard.skipped) == 0
 
 
-def test_garbage_in_masked_slots_changes_not_one_bit():
-  """Language modelling: padding, and targets that nothing reads."""
-  for name in NAMES:
-    if columns(name) != ('loss_mask', 'positions', 'segment_ids', 'tokens'):
-      continue
-    stage_, params, batch = made(name)
-    clean = {k: v.copy() for k, v in batch.items()}
-    segments = batch['segment_ids']
-    padding = segments == 0
-    # The last token of a document is no input of a counted target; where it
-    # is not a target either, it may be anything.
-    last = np.ones(segments.shape, bool)
-    last[:, :-1] = segments[:, 1:] != segments[:, :-1]
-    clean['loss_mask'] &= ~(last & (np.arange(len(last)) % 2 == 0)[:, None])
-    unread = last & ~clean['loss_mask'] & ~padding
-    assert padding.sum() > 20
-    assert unread.sum() > 20
-    expected = gradient(stage_.loss, params, clean)
-    for value in (5, tiny.VOCAB + 7, 2**31 - 1, -3):
-      dirty = {k: v.copy() for k, v in clean.items()}
-      dirty['tokens'][padding] = value
-      dirty['positions'][padding] = 11
-      dirty['loss_mask'][padding] = True
-      dirty['tokens'][unread] = value
-      loss, grads = gradient(stage_.loss, params, dirty)
+@pytest.mark.parametrize('case', TEXTS, ids=label)
+def test_garbage_at_what_is_not_read_changes_not_one_bit(case):
+  """Last tokens of documents that are no targets: no input of any either."""
+  stage_, params, batch = made(case)
+  clean = {k: v.copy() for k, v in batch.items()}
+  segments = batch['segment_ids']
+  last = np.ones(segments.shape, bool)
+  last[:, :-1] = segments[:, 1:] != segments[:, :-1]
+  clean['loss_mask'] &= ~(last & (np.arange(len(last)) % 2 == 0)[:, None])
+  unread = last & ~clean['loss_mask'] & (segments > 0)
+  assert unread.sum() > 20
+  expected = gradient(stage_, params, clean)
+  for value in (5, 2**31 - 1, -3):
+    dirty = {k: v.copy() for k, v in clean.items()}
+    dirty['tokens'][unread] = value
+    loss, grads = gradient(stage_, params, dirty)
+    assert loss == expected[0], value
+    jax.tree.map(np.testing.assert_array_equal, grads, expected[1])
+
+
+def quadruples(batch) -> list[str]:
+  """The prefixes of columns [B, L+1] in a batch."""
+  return [k.removesuffix('tokens') for k in batch if k.endswith('tokens')]
+
+
+@EVERY
+def test_garbage_in_padding_changes_not_one_bit(case):
+  stage_, params, batch = made(case)
+  expected = gradient(stage_, params, batch)
+  clean = prepared(case)
+  prefixes = quadruples(batch)
+  slots = np.arange(1, tiny.NUM_SEGMENTS + 1)
+  ids = batch[prefixes[0] + 'segment_ids']
+  absent = (ids[:, :, None] != slots).all(axis=1)  # [B, S]
+  targets = (
+    np.asarray(stage.target_weights(batch | clean)) > 0
+    if ('tokens' in batch)
+    else None
+  )
+  for value in (5, tiny.VOCAB + 7, 2**31 - 1, -3):
+    dirty = {k: v.copy() for k, v in clean.items()}
+    for prefix in prefixes:
+      padding = batch[prefix + 'segment_ids'] == 0
+      assert padding.sum() > 20
+      dirty[prefix + 'tokens'][padding] = value
+      dirty[prefix + 'positions'][padding] = 11
+      dirty[prefix + 'loss_mask'][padding] = True
+    # First through `prepare`, whose own columns must not change where they
+    # count; then with anything where they do not.
+    given = {k: dirty[k] for k in batch}
+    for name in clean.keys() - batch.keys():
+      array = dirty[name]
+      if array.shape == absent.shape:
+        array[absent] = np.nan
+      elif array.ndim == 3:
+        array[~targets] = np.nan if array.dtype.kind == 'f' else value
+    for name in ('margins', 'scores'):
+      if name in batch:
+        given[name][absent] = dirty[name][absent] = np.nan
+    for rows in (given, dirty):
+      loss, grads = gradient(stage_, params, rows)
       assert loss == expected[0], value
       jax.tree.map(np.testing.assert_array_equal, grads, expected[1])
+
+
+def unpacked(batch) -> dict:
+  """The same records, one a row, all in segment 1."""
+  prefixes = quadruples(batch)
+  rows = []
+  for r in range(len(batch[prefixes[0] + 'tokens'])):
+    for s in range(1, batch[prefixes[0] + 'segment_ids'][r].max() + 1):
+      row = {}
+      for prefix in prefixes:
+        at = np.flatnonzero(batch[prefix + 'segment_ids'][r] == s)
+        for name in ('tokens', 'loss_mask', 'positions', 'segment_ids'):
+          column = batch[prefix + name][r]
+          new = np.zeros_like(column)
+          new[: len(at)] = 1 if name == 'segment_ids' else column[at]
+          row[prefix + name] = new
+      for name in ('margins', 'scores'):
+        if name in batch:
+          row[name] = np.zeros_like(batch[name][r])
+          row[name][0] = batch[name][r, s - 1]
+      rows.append(row)
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@EVERY
+def test_packing_changes_nothing(case):
+  stage_, params, batch = made(case)
+  alone = unpacked(batch)
+  assert len(next(iter(alone.values()))) > ROWS
+  assert_close(gradient(stage_, params, alone), computed(case, 1, 1))
 
 
 def programs(closed):
@@ -196,13 +338,15 @@ def program_of_gradient(loss, params, batch):
   )(params, batch, jax.random.key(0))
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_no_array_is_captured_as_a_constant(name):
-  stage_, params, batch = made(name)
+@EVERY
+def test_no_array_is_captured_as_a_constant(case):
+  stage_, params, batch = made(case)
+  batch = prepared(case)
+  first = next(iter(batch))
 
   def captures(params, batch, key):
     mean, metrics = stage_.loss(params, batch, key)
-    kept = jnp.asarray(batch_before)[: len(batch['tokens'])]
+    kept = jnp.asarray(batch_before)[: len(batch[first])]
     return mean._replace(total=mean.total + kept.sum()), metrics
 
   batch_before = np.ones((ROWS, 17), np.float32)
@@ -213,9 +357,27 @@ def test_no_array_is_captured_as_a_constant(name):
   assert largest_constant(closed) <= 256
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_activations_are_constrained_under_a_mesh(name):
-  stage_, params, batch = made(name)
+@EVERY
+def test_prepare_captures_neither_reference_nor_teacher(case):
+  """They are arguments of the programs that `prepare` calls."""
+  stage_, params, batch = made(case)
+  stage_.prepare(params, batch, jax.random.key(0))
+  closed = jax.make_jaxpr(
+    lambda params, batch: tuple(
+      stage_.prepare(params, batch, jax.random.key(0))
+    )
+  )(params, batch)
+  inner = list(programs(closed))[1:]  # the outermost is this test's own
+  assert bool(inner) == (stage_.prepare is not stage.as_it_came)
+  for program in inner:
+    constants = [*getattr(program, 'consts', ())]
+    assert all(np.asarray(c).nbytes <= 256 for c in constants)
+
+
+@EVERY
+def test_activations_are_constrained_under_a_mesh(case):
+  stage_, params, _ = made(case)
+  batch = prepared(case)
 
   def constraints():
     closed = program_of_gradient(stage_.loss, params, batch)
@@ -231,11 +393,56 @@ def test_activations_are_constrained_under_a_mesh(name):
     assert constraints() >= 4
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_the_columns_of_the_docstring_are_those_that_are_read(name):
-  stage_, params, batch = made(name)
-  jax.eval_shape(stage_.loss, params, batch, jax.random.key(0))
-  for column in columns(name):
+def both(stage_):
+  """`prepare`, then the loss."""
+
+  def traced(params, batch):
+    (part,) = stage_.prepare(params, batch, jax.random.key(0))
+    return stage_.loss(params, part, jax.random.key(0))
+
+  return traced
+
+
+@EVERY
+def test_the_columns_of_the_docstring_are_those_that_are_read(case):
+  stage_, params, batch = made(case)
+  jax.eval_shape(both(stage_), params, batch)
+  assert columns(*case[:2]) == tuple(sorted(batch))
+  for column in columns(*case[:2]):
     fewer = {k: v for k, v in batch.items() if k != column}
     with pytest.raises(KeyError, match=column):
-      jax.eval_shape(stage_.loss, params, fewer, jax.random.key(0))
+      jax.eval_shape(both(stage_), params, fewer)
+
+
+@EVERY
+def test_the_columns_that_prepare_adds(case):
+  """They are stated, have a row axis, and are kept where they are there."""
+  stage_, params, batch = made(case)
+  part = prepared(case)
+  added = part.keys() - batch.keys()
+  if stage_.prepare is stage.as_it_came:
+    assert not added
+    return
+  assert added <= set(stated(case[0], 'Prepared(?: with \\w+)?'))
+  assert set(stage_.kept) <= added
+  assert all(len(part[name]) == ROWS for name in added)
+  # Another start and other parameters: what is kept stays, to the bit.
+  kept = {name: part[name] + 1 for name in stage_.kept}
+  (again,) = stage_.prepare(
+    jax.tree.map(lambda x: x * 2, params), batch | kept, jax.random.key(1)
+  )
+  for name in stage_.kept:
+    assert again[name] is kept[name]
+
+
+@EVERY
+def test_what_prepare_adds_is_spread_over_devices(case):
+  part = spread(case, 8)
+  for name, column in part.items():
+    shards = {shard.data.shape[0] for shard in column.addressable_shards}
+    # A number that is the same in all rows may lie everywhere.
+    assert shards == {ROWS // 8} or column.ndim == 1, name
+  for name in part.keys() - made(case)[2].keys():
+    np.testing.assert_allclose(
+      np.asarray(part[name]), prepared(case)[name], rtol=1e-5, atol=1e-5
+    )

@@ -1,14 +1,19 @@
 """The smallest model, batch and run that the tests of the frame share."""
 
+import atexit
 import functools
 import pathlib
+import shutil
+import tempfile
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+from tpu_lm import checkpoint, models, sharding, tokenizer, train
 from tpu_lm import config as configs
-from tpu_lm import models, sharding
 
 VOCAB = 64
 LENGTH = 16
@@ -102,6 +107,75 @@ def batch(rows: int = 8, length: int = LENGTH, seed: int = 0) -> dict:
   }
 
 
+NUM_SEGMENTS = 4  # slots for records; rows have 0 to 3
+
+
+def packed(rng, records: list[list[tuple[int, int]]], length: int) -> dict:
+  """Rows of whole records; each is (prompt tokens, completion tokens).
+
+  The completion is trained, its last token included, and slot L is padding.
+  """
+  shape = (len(records), length + 1)
+  segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  mask = np.zeros(shape, bool)
+  for r, row in enumerate(records):
+    start = 0
+    for segment, (prompt, completion) in enumerate(row, 1):
+      end = start + prompt + completion
+      assert end <= length
+      segments[r, start:end] = segment
+      positions[r, start:end] = np.arange(end - start)
+      mask[r, start + prompt : end] = True
+      start = end
+  return {
+    'tokens': rng.integers(0, VOCAB, shape).astype(np.int32) * (segments > 0),
+    'loss_mask': mask,
+    'segment_ids': segments,
+    'positions': positions,
+  }
+
+
+def compared(
+  rows: int, prefixes: tuple[str, ...], values: str, length: int = LENGTH
+) -> dict:
+  """Rows of records that stand in one set of columns for each prefix.
+
+  Args:
+    rows: how many; the second has no record at all.
+    prefixes: such as ('chosen_', 'rejected_').
+    values: the name of a column with a number for each record.
+    length: L.
+  """
+  rng = np.random.default_rng(len(values) + len(prefixes))
+  counts = [0 if r == 1 else 1 + r % 3 for r in range(rows)]
+  batch = {}
+  for prefix in prefixes:
+    records = [
+      [(int(rng.integers(1, 3)), int(rng.integers(1, 4))) for _ in range(n)]
+      for n in counts
+    ]
+    found = packed(rng, records, length)
+    batch |= {prefix + name: column for name, column in found.items()}
+  exists = np.arange(NUM_SEGMENTS) < np.array(counts)[:, None]
+  numbers = rng.normal(size=exists.shape).astype(np.float32)
+  return batch | {values: numbers * exists}
+
+
+def pairs(rows: int = 8) -> dict:
+  """What `data.rows=pairs` gives."""
+  return compared(rows, ('chosen_', 'rejected_'), 'margins')
+
+
+def rated(rows: int = 8) -> dict:
+  """What `data.rows=rated` gives."""
+  return compared(rows, ('', 'mismatched_'), 'scores')
+
+
+def scored(rows: int = 8) -> dict:
+  """What `data.rows=scored` gives."""
+  return compared(rows, ('',), 'scores')
+
+
 def mesh(**sizes: int):
   """A mesh of the first devices; the axes that are not named have size 1."""
   sizes = dict.fromkeys(sharding.AXES, 1) | sizes
@@ -137,3 +211,25 @@ def config(folder: pathlib.Path, **overrides):
   return configs.load(
     str(path), [(key, str(value)) for key, value in overrides.items()]
   )
+
+
+@functools.cache
+def teacher() -> tuple[str, int]:
+  """(working directory, vocabulary) of a model that others may learn from."""
+  folder = pathlib.Path(tempfile.mkdtemp())
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  made = config(folder)
+  tokens = tokenizer.train([], 'byte')
+  tokens.save(folder / 'tokenizer')
+  (folder / 'config.json').write_text(made.to_json())
+  network = models.make(
+    made.model_name, made.model, tokens.vocab_size, made.data.length
+  )
+  # Another scale than the students': their distributions shall differ.
+  state = train.init(
+    jax.tree.map(jnp.asarray, params(network, 0.3)), optax.sgd(0.0), 10
+  )
+  checkpoints = checkpoint.Checkpoints(folder / 'checkpoints', keep=1)
+  checkpoints.save(1, state, {'fingerprint': '', 'base': None}, None)
+  checkpoints.close()
+  return str(folder), tokens.vocab_size

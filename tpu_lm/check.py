@@ -1,14 +1,17 @@
 """`tpu_lm check`: is a configuration's batch what its author believes?
 
 Shows rows of the first batch, with what is trained and what is masked, where
-documents begin and end, and the stop token. Then proves on this very
-configuration that loss and gradient do not depend on gradient accumulation,
-on the number of devices, or on which documents were packed into one row.
+documents begin and end, and the stop token; of pairs and ratings each record
+by itself. Then proves on this very configuration that loss and gradient do not
+depend on gradient accumulation, on the number of devices, or on which
+documents or records were packed into one row.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -37,38 +40,90 @@ class Colours(NamedTuple):
     return cls('\033[32m', '\033[2m', '\033[33;1m', '\033[1m', '\033[0m')
 
 
-def _show_row(row: dict[str, np.ndarray], tokens: Any, paint: Colours) -> str:
-  """One row as text: ‹masked›, trained, ⟦special⟧, │ between documents."""
+def _prefixes(batch: dict[str, np.ndarray]) -> list[str]:
+  """'' of tokens, 'chosen_' of chosen_tokens, and so on."""
+  end = 'segment_ids'
+  return sorted(n.removesuffix(end) for n in batch if n.endswith(end))
+
+
+def _of_records(batch: dict[str, np.ndarray]) -> list[str]:
+  """Columns [B, S], with an entry for each record of a row."""
+  length = batch[f'{_prefixes(batch)[0]}segment_ids'].shape[1] - 1
+  return [n for n, x in batch.items() if x.ndim > 1 and x.shape[1] < length]
+
+
+def _spelled(
+  row: dict[str, np.ndarray], prefix: str, tokens: Any, paint: Colours
+) -> str:
+  """One row as text: ‹masked›, trained, ⟦special⟧, │ between documents.
+
+  Args:
+    row: columns of one row.
+    prefix: of the columns that are shown.
+    tokens: the tokenizer.
+    paint: how.
+  """
+  ids, segments = row[f'{prefix}tokens'], row[f'{prefix}segment_ids']
+  # As the loss sees it: the first token of a segment is only read.
+  trained = np.append(False, segments[1:] == segments[:-1])
+  trained &= row[f'{prefix}loss_mask'].astype(bool)
   text, before = [], None
-  plain = not paint.plain
-  special = set(tokens.special_ids.tolist())
-  for t, i in enumerate(row['tokens'].tolist()):
-    segment = row['segment_ids'][t]
-    if segment == 0:
-      break
+  held = range(np.count_nonzero(segments))  # padding is at the end
+  kinds = itertools.groupby(held, lambda t: (segments[t], trained[t]))
+  for (segment, is_trained), run_ in kinds:
     if before not in (None, segment):
       text.append(f'{paint.special} │ {paint.plain}')
-    # As the loss sees it: the first token of a segment is only read.
-    trained = bool(row['loss_mask'][t]) and before == segment
-    if i in special:
-      piece = f'{paint.special}⟦{tokens.token(i)}⟧{paint.plain}'
-      if not trained:
-        piece = f'{paint.masked}{piece}{paint.plain}'
-    else:
-      piece = tokens.decode([i])
-    if plain and not trained:
-      piece = f'‹{piece}›'
-    elif i not in special:
-      piece = (paint.trained if trained else paint.masked) + piece + paint.plain
-    text.append(piece)
+    piece = _piece([int(ids[t]) for t in run_], is_trained, tokens, paint)
+    text.append(piece if is_trained or paint.plain else f'‹{piece}›')
     before = segment
-  padding = int((row['segment_ids'] == 0).sum())
-  if padding:
-    text.append(f'{paint.masked} … {padding} of padding{paint.plain}')
   return ''.join(text)
 
 
-def show(batch: dict, tokens: Any, rows: int, out: TextIO) -> None:
+def _piece(
+  ids: list[int], is_trained: bool, tokens: Any, paint: Colours
+) -> str:
+  """Tokens that are trained, or tokens that are not, as text."""
+  special, pieces = set(tokens.special_ids.tolist()), []
+  for is_special, some in itertools.groupby(ids, special.__contains__):
+    colour = paint.trained if is_trained else paint.masked
+    if not is_special:
+      pieces.append(f'{colour}{tokens.decode(some)}{paint.plain}')
+      continue
+    mark = paint.special if is_trained else paint.masked + paint.special
+    pieces += [f'{mark}⟦{tokens.token(i)}⟧{paint.plain}' for i in some]
+  return ''.join(pieces)
+
+
+def _lines(
+  batch: dict[str, np.ndarray], r: int, tokens: Any, paint: Colours
+) -> Iterator[str]:
+  """Row r as it is shown; what is of records, record by record."""
+  whole = {name: column[r : r + 1] for name, column in batch.items()}
+  numbers, prefixes = _of_records(batch), _prefixes(batch)
+  if not numbers:
+    row = {name: column[0] for name, column in whole.items()}
+    padding = int((row['segment_ids'] == 0).sum())
+    more = f'{paint.masked} … {padding} of padding{paint.plain}'
+    yield _spelled(row, '', tokens, paint) + (more if padding else '')
+    return
+  records = unpack(whole)
+  for number in range(len(records[numbers[0]])):
+    row = {name: column[number] for name, column in records.items()}
+    values = ', '.join(f'{n.removesuffix("s")} {row[n][0]:g}' for n in numbers)
+    yield f'{paint.bold}record {number + 1}{paint.plain}, {values}'
+    for prefix in prefixes:
+      name = prefix.rstrip('_') or 'answered'
+      text = _spelled(row, prefix, tokens, paint)
+      yield f'{paint.bold}{name}{paint.plain}: {text}'
+
+
+def show(
+  batch: dict,
+  tokens: Any,
+  rows: int,
+  out: TextIO,
+  things: str = 'documents or pieces',
+) -> None:
   """Prints the first rows of a batch, and how much of it is trained."""
   paint = Colours.of(out)
   if paint.plain:
@@ -80,32 +135,52 @@ def show(batch: dict, tokens: Any, rows: int, out: TextIO) -> None:
   else:
     key = 'trained ‹masked› ⟦special⟧ │ next document'
   print(f'{paint.bold}Rows of the first batch{paint.plain}   {key}', file=out)
-  for r in range(min(rows, len(batch['tokens']))):
-    row = {name: column[r] for name, column in batch.items()}
+  prefixes = _prefixes(batch)
+  for r in range(min(rows, len(batch[f'{prefixes[0]}tokens']))):
     print(f'\n{paint.bold}row {r}{paint.plain}', file=out)
-    print(_show_row(row, tokens, paint), file=out)
-  segments, mask = batch['segment_ids'], batch['loss_mask']
-  same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-  num_trained = int((same & mask[:, 1:]).sum())
-  num_documents = sum(len(np.unique(row[row > 0])) for row in segments)
+    for line in _lines(batch, r, tokens, paint):
+      print(line, file=out)
+  segments = np.stack([batch[f'{p}segment_ids'] for p in prefixes])
+  mask = np.stack([batch[f'{p}loss_mask'] for p in prefixes])
+  same = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
+  num_trained = int((same & mask[..., 1:]).sum())
+  # Segments count from 1 in each row.
+  num_documents = sum(len(np.unique(row[row > 0])) for row in segments[0])
   print(
     f'\n{num_trained:,} of {same.size:,} positions are trained '
-    f'({num_trained / same.size:.1%}), {num_documents} documents or pieces in '
-    f'{len(segments)} rows, {float((segments == 0).mean()):.1%} padding',
+    f'({num_trained / same.size:.1%}), {num_documents} {things} in '
+    f'{segments.shape[1]} rows, {float((segments == 0).mean()):.1%} padding',
     file=out,
   )
 
 
 def unpack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The same batch with each segment in a row of its own."""
+  """The same batch with each document or record in a row of its own.
+
+  What belongs to its tokens moves with them: columns [B, L or L+1, …], those
+  of chosen_ by the segments of chosen_, and so on. Of columns [B, S] entry
+  s - 1 of segment s becomes the first; columns [B] are of the whole row.
+  """
+  prefixes, numbers = _prefixes(batch), _of_records(batch)
   rows = []
-  for r, segments in enumerate(batch['segment_ids']):
-    for segment in np.unique(segments[segments > 0]):
-      at = np.flatnonzero(segments == segment)
+  for r in range(len(batch[f'{prefixes[0]}segment_ids'])):
+    segments = {p: batch[f'{p}segment_ids'][r] for p in prefixes}
+    held = np.unique(np.concatenate(list(segments.values())))
+    for segment in held[held > 0].tolist():
       row = {name: np.zeros_like(column[r]) for name, column in batch.items()}
       for name, column in batch.items():
+        if column.ndim == 1:
+          row[name] = column[r]
+          continue
+        if name in numbers:
+          row[name][0] = column[r, segment - 1]
+          continue
+        mine = [p for p in prefixes if name.startswith(p)] or prefixes
+        at = np.flatnonzero(segments[max(mine, key=len)] == segment)
+        at = at[at < column.shape[1]]
         row[name][: len(at)] = column[r][at]
-      row['segment_ids'][: len(at)] = 1
+      for p in prefixes:
+        row[f'{p}segment_ids'][row[f'{p}segment_ids'] == segment] = 1
       rows.append(row)
   return {name: np.stack([row[name] for row in rows]) for name in batch}
 
@@ -159,6 +234,22 @@ def _random_params(model: Any) -> Any:
   )
 
 
+def _mesh(num_devices: int) -> Any:
+  sizes = dict.fromkeys(sharding.AXES, 1) | {'data': num_devices}
+  return sharding.make_mesh(sizes, jax.devices()[:num_devices])
+
+
+def prepared(made: stage.Stage, params: Any, batch: dict) -> dict:
+  """The first batch that the stage makes of the loader's, on the host."""
+  mesh = _mesh(1)
+  with jax.set_mesh(mesh):
+    places = sharding.shardings_of(params, mesh)
+    placed = jax.tree.map(jax.device_put, params, places)
+    rows = sharding.put_batch(batch, mesh)
+    parts = iter(made.prepare(placed, rows, jax.random.key(0)))
+    return jax.device_get(next(parts))
+
+
 def prove(
   loss: Any, params: Any, batch: dict
 ) -> list[tuple[str, float, float]]:
@@ -167,14 +258,9 @@ def prove(
   Returns:
     (what was varied, difference of the loss, difference of the gradient)
   """
-  found = jax.devices()
-
-  def mesh(num_devices: int):
-    sizes = dict.fromkeys(sharding.AXES, 1) | {'data': num_devices}
-    return sharding.make_mesh(sizes, found[:num_devices])
-
+  found, mesh = jax.devices(), _mesh
   plain = gradient_of(loss, params, batch, mesh(1), 1)
-  rows = len(batch['tokens'])
+  rows = len(next(iter(batch.values())))
   lines = []
   for count in _PARTS[1:]:
     if rows % count:
@@ -184,7 +270,7 @@ def prove(
     if count <= len(found):
       many = gradient_of(loss, params, batch, mesh(count), 1)
       lines.append((f'{count} devices', *differences(plain, many)))
-  if {'tokens', 'segment_ids'} <= batch.keys():
+  if _prefixes(batch):
     alone = gradient_of(loss, params, unpack(batch), mesh(1), 1)
     lines.append(('documents unpacked', *differences(plain, alone)))
   return lines
@@ -202,18 +288,22 @@ def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   # The proof is about the arithmetic, so it is done in float32.
   exact = dataclasses.replace(model.config, dtype='float32')
   model = type(model)(exact)
-  batch = run.open_rows(config, folder, 'train', model).batch(0)
+  loader = run.open_rows(config, folder, 'train', model)
+  batch = loader.batch(0)
   print()
-  show(batch, tokens, rows, sys.stdout)
+  is_text = loader.manifest.rows == 'text'
+  things = 'documents or pieces' if is_text else 'records'
+  show(batch, tokens, rows, sys.stdout, things)
   params = _random_params(model)
-  loss = stage.make(config.stage_name, model, params, config.stage).loss
+  made = stage.make(config.stage_name, model, lambda: params, config.stage)
+  batch = prepared(made, params, batch)
   paint = Colours.of(sys.stdout)
   print(
     f'\n{paint.bold}Against one device, one batch, float32{paint.plain}'
     '        loss   gradient'
   )
   held = True
-  for what, apart, gradient in prove(loss, params, batch):
+  for what, apart, gradient in prove(made.loss, params, batch):
     ok = apart <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE
     held &= ok
     verdict = 'the same' if ok else 'DIFFERS'

@@ -260,8 +260,8 @@ class Checkpoints:
         print(f'{self.directory}: no good checkpoint is left', file=sys.stderr)
       return None
 
-  def restore_meta(self, step: int) -> dict:
-    """Returns what the caller gave as `meta` when the step was saved.
+  def content(self, step: int) -> dict:
+    """Returns what is known of a step: its arrays, metrics, and the caller's.
 
     Raises:
       UserError: there is no such step, or its files are damaged.
@@ -273,7 +273,7 @@ class Checkpoints:
       )
     if fault := seal.fault(folder, thorough=False):
       raise UserError(f'{folder}: step {step} is damaged: {fault}')
-    return stored_step.content(folder)['caller']
+    return stored_step.content(folder)
 
   def _report(self, step: int, fault: str) -> None:
     """Names a damaged step; a writer also sets it aside."""

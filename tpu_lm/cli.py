@@ -52,7 +52,8 @@ def prepare(args: argparse.Namespace, overrides: list) -> int:
 def generate(args: argparse.Namespace, overrides: list) -> int:
   """Streams a continuation of a prompt."""
   _no_overrides(overrides)
-  from tpu_lm import devices, run
+  from tpu_lm import devices, start
+  from tpu_lm.data import chat
   from tpu_lm.generate import sampler, stream
 
   try:
@@ -63,34 +64,74 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
     raise UserError(f'--seed={args.seed}: must be from 0 to 2**32 - 1')
   devices.set_up()
   chosen = sampler.Sampler(args.temperature, args.top_k, args.top_p)
-  loaded = run.load(args.workdir)
+  loaded = start.load(args.workdir, base=args.base)
+  prompt, stop_ids = args.prompt, ()
+  if args.chat:
+    template = chat.load('', loaded.tokenizer, args.workdir / 'tokenizer')
+    system = [{'role': 'system', 'content': args.system}] if args.system else []
+    prompt = template.prompt([*system, {'role': 'user', 'content': prompt}])
+    stop_ids = (template.stop_id,)
+  elif args.system:
+    raise UserError('--system: only a chat has a system turn; add --chat')
   pieces = stream.stream(
     loaded.model,
     loaded.params,
     loaded.tokenizer,
-    args.prompt,
+    prompt,
     max_new_tokens=args.max_new_tokens,
     sampler=chosen,
     seed=args.seed,
     stop=args.stop,
+    stop_ids=stop_ids,
   )
-  stream.show(args.prompt, pieces, sys.stdout)
+  stream.show('' if args.chat else args.prompt, pieces, sys.stdout)
   return 0
 
 
 def evaluate(args: argparse.Namespace, overrides: list) -> int:
-  """Prints held-out loss, perplexity and bits per byte."""
+  """Prints the held-out figures of what a working directory trained."""
   _no_overrides(overrides)
-  from tpu_lm import devices, run
-  from tpu_lm.evals import bits_per_byte
+  from tpu_lm import devices, stage, start
 
   devices.set_up()
-  loaded = run.load(args.workdir)
-  scores = bits_per_byte.score(loaded, args.workdir, args.source)
+  loaded = start.load(args.workdir, base=args.base)
+  scores = {}
+  for name in loaded.config.evals:
+    module = stage.find('tpu_lm.evals', name, 'evals')
+    scores |= module.score(loaded, args.workdir, args.source)
   print(f'{args.source or "held-out split"}, step {loaded.step:,}')
   for name, value in scores.items():
     text = f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'
-    print(f'  {name:<14} {text:>14}')
+    print(f'  {name:<20} {text:>14}')
+  return 0
+
+
+def answer(args: argparse.Namespace, overrides: list) -> int:
+  """Writes a model's answers to prompts as conversations to train on."""
+  _no_overrides(overrides)
+  from tpu_lm import devices
+  from tpu_lm.generate import answer_file, sampler
+
+  devices.set_up()
+  answer_file.write(
+    args.workdir,
+    args.source,
+    args.to,
+    sampler=sampler.Sampler(args.temperature, args.top_k, args.top_p),
+    max_new_tokens=args.max_new_tokens or 64,
+    seed=args.seed,
+    base=args.base,
+  )
+  return 0
+
+
+def merge(args: argparse.Namespace, overrides: list) -> int:
+  """Writes a run of adapters or quantised weights as a plain model."""
+  _no_overrides(overrides)
+  from tpu_lm import devices, start
+
+  devices.set_up()
+  start.merge(args.workdir, args.to, args.base)
   return 0
 
 
@@ -204,8 +245,20 @@ _PROCESSES = (
     default=0,
   ),
 )
-_SAMPLING = (
+_BASE = _option(
+  '--base', 'where the base of an adapter lies now', default='', metavar='DIR'
+)
+_TO = _option('--to', 'what is written', required=True, type=_path)
+_PROMPT = (
   _option('--prompt', 'how the text begins', default=''),
+  _option(
+    '--chat',
+    'the prompt is what a user says, and an assistant answers',
+    action='store_true',
+  ),
+  _option('--system', 'the system turn of a chat', default=''),
+)
+_SAMPLING = (
   _option(
     '--max_new_tokens',
     'default: up to the trained length',
@@ -216,13 +269,13 @@ _SAMPLING = (
   _option('--top_k', '0: no limit', type=int, default=0),
   _option('--top_p', '1: no limit', type=float, default=1.0),
   _option('--seed', 'the same gives the same text', type=int, default=0),
-  _option(
-    '--stop',
-    'end before this text; may be given again',
-    action='append',
-    default=[],
-    metavar='TEXT',
-  ),
+)
+_STOP = _option(
+  '--stop',
+  'end before this text; may be given again',
+  action='append',
+  default=[],
+  metavar='TEXT',
 )
 _ROWS = _option('--rows', 'shown of the batch', type=_number(int, 1), default=2)
 _KILLS = _option(
@@ -234,12 +287,22 @@ _KILLS = _option(
 _SOURCE = _option(
   '--source', 'other text; the default is the held-out split', default=''
 )
+_PROMPTS = _option(
+  '--source',
+  'records with prompts or conversations: as data.source',
+  required=True,
+)
 # What a user types, the function, its options.
 COMMANDS = {
   'quickstart': (quickstart, [_folder('runs/quickstart')]),
   'train': (train, [_CONFIG, _folder(None), _DEVICES, *_PROCESSES]),
-  'generate': (generate, [_folder(None), *_SAMPLING]),
-  'eval': (evaluate, [_folder(None), _SOURCE]),
+  'generate': (
+    generate,
+    [_folder(None), *_PROMPT, *_SAMPLING, _STOP, _BASE],
+  ),
+  'answer': (answer, [_folder(None), _PROMPTS, _TO, *_SAMPLING, _BASE]),
+  'eval': (evaluate, [_folder(None), _SOURCE, _BASE]),
+  'merge': (merge, [_folder(None), _TO, _BASE]),
   'prepare': (prepare, [_CONFIG, _folder('')]),
   'check': (check, [_CONFIG, _folder('runs/check'), _ROWS, _DEVICES]),
   'drill': (drill, [_CONFIG, _folder(None), _KILLS]),

@@ -26,6 +26,8 @@ from tpu_lm.errors import UserError, nearest
 # Sections whose keys belong to what is named beside them: a model family's
 # `config`, a stage's `make`. They are checked against those signatures.
 OPEN_SECTIONS = ('model', 'stage')
+# Keys of `model` that say how it is computed, or what a stage adds to it.
+_HOW = ('dtype', 'remat', 'attention', 'unroll', 'max_length', 'scalar_head')
 
 
 def base() -> ConfigDict:
@@ -50,16 +52,21 @@ def base() -> ConfigDict:
         'heldout_by': 'auto',  # tail (of each file), document or auto
         'field': 'text',  # of JSON and Parquet records
         'length': 256,  # tokens a row
-        'packing': 'best_fit',  # or concat
+        'rows': '',  # of a stage that takes several kinds; '': its first
+        'packing': 'best_fit',  # concat (text) or none (records)
         'tokenizer': 'bpe',  # bpe and byte are trained; or a tokenizer.json
         'vocab_size': 512,  # of a trained bpe
+        'chat_template': '',  # a .jinja file; '': the tokenizer's, or ChatML
         'dir': '',  # prepared rows; '': WORKDIR/data
         'max_bad_share': 0.0,  # of records that may be skipped, and counted
       },
       'model_name': 'llama',
       'model': {},
       'init_from': '',  # a working directory whose parameters to start from
-      'trainable': '.*',  # regular expression over parameter paths
+      'transforms': '',  # e.g. 'nf4, lora(rank=8)'; see weights.py
+      # A regular expression over parameter paths, or top:N for the last N
+      # layers; '': everything, or what the transforms add.
+      'trainable': '',
       'stage_name': 'pretrain',
       'stage': {},
       'optimizer': {
@@ -310,7 +317,46 @@ def load(spec: str, overrides: list[tuple[str, str]]) -> ConfigDict:
   for key, text in overrides:
     override(config, key, text)
   check(config, spec)
+  adopt(config)
   return config
+
+
+def adopt(config: ConfigDict) -> None:
+  """Takes network and tokenizer from `init_from`, where they are not given.
+
+  How the network computes (precision, kernels) stays the run's own affair. A
+  student takes the tokenizer of its `stage.teacher`.
+
+  Raises:
+    UserError: no working directory is there.
+  """
+  teacher = config.stage.get('teacher', '')
+  for key, source in (
+    ('init_from', config.init_from),
+    ('stage.teacher', teacher),
+  ):
+    if not source:
+      continue
+    path = pathlib.Path(source) / 'config.json'
+    if not path.is_file():
+      raise UserError(
+        f'{key}={source}: no working directory of a `tpu_lm train` (it has no '
+        f'config.json){nearest(str(source), _siblings(path.parent))}'
+      )
+    if config.data.tokenizer in ('bpe', 'byte'):
+      config.data.tokenizer = str(
+        pathlib.Path(source) / 'tokenizer' / 'tokenizer.json'
+      )
+    if key == 'init_from':
+      base = read(path)
+      config.model_name = base.model_name
+      for name, value in base.model.items():
+        if name not in config.model and name not in _HOW:
+          config.model[name] = value
+
+
+def _siblings(path: pathlib.Path) -> list[str]:
+  return [str(p.parent) for p in path.parent.glob('*/config.json')]
 
 
 def read(path: str | os.PathLike) -> ConfigDict:
@@ -324,6 +370,9 @@ def read(path: str | os.PathLike) -> ConfigDict:
     return value
 
   try:
-    return ConfigDict(tuples(json.loads(pathlib.Path(path).read_text())))
+    found = tuples(json.loads(pathlib.Path(path).read_text()))
   except ValueError as error:
     raise UserError(f'{path}: no configuration ({error})') from error
+  config = base()  # a key that came later has its default
+  config.update(ConfigDict(found))
+  return config

@@ -7,9 +7,9 @@ rows and positions, so that a batch which is spread over devices stays so, the
 head is gathered once, and its gradient is reduced over devices once.
 
 `mean` makes the gradients of hidden states and head in the forward pass,
-which costs the logits once instead of twice. It serves losses that are
-weighted sums. `token_logps` serves all others; it makes the logits of a chunk
-again in the backward pass.
+which costs the logits once instead of twice; that of a frozen head is not
+made. It serves losses that are weighted sums. `token_logps` serves all others;
+it makes the logits of a chunk again in the backward pass.
 
 Axis letters beside those of DESIGN: N chunks, S shards of the batch, T tokens
 of a chunk and shard.
@@ -216,10 +216,9 @@ def _total(hidden_NSTD, head_VD, targets_NST, weights_NST, soft_cap, z_loss):
   return jax.lax.scan(step, zeros_S, xs)[0].sum()
 
 
-def _total_forward(
-  hidden_NSTD, head_VD, targets_NST, weights_NST, soft_cap, z_loss
-):
-  """Value and, scaled by a cotangent of 1, the gradients."""
+def _total_forward(hidden, head, targets, weights, soft_cap, z_loss):
+  """Value and, scaled by a cotangent of 1, the gradients that are asked for."""
+  hidden_NSTD, head_VD = hidden.value, head.value
   dtype = hidden_NSTD.dtype
 
   def step(sums, xs):
@@ -235,38 +234,48 @@ def _total_forward(
     if soft_cap:
       grad_STV = grad_STV * (1.0 - jnp.square(logits_STV / soft_cap))
     grad_STV = grad_STV.astype(dtype)
-    head_grad_SVD = head_grad_SVD + jnp.einsum(
-      'STV,STD->SVD',
-      grad_STV,
-      hidden_STD,
-      preferred_element_type=jnp.float32,
-    )
-    hidden_grad_STD = jnp.einsum('STV,VD->STD', grad_STV, head_VD)
+    hidden_grad_STD = None
+    if head.perturbed:
+      head_grad_SVD = head_grad_SVD + jnp.einsum(
+        'STV,STD->SVD',
+        grad_STV,
+        hidden_STD,
+        preferred_element_type=jnp.float32,
+      )
+    if hidden.perturbed:
+      hidden_grad_STD = jnp.einsum('STV,VD->STD', grad_STV, head_VD)
     total_S = total_S + jnp.sum(weights_ST * nll_ST, axis=1)
     return (total_S, head_grad_SVD), (hidden_grad_STD, nll_ST)
 
   num_shards = hidden_NSTD.shape[1]
-  zeros_SVD = jnp.zeros((num_shards, *head_VD.shape), jnp.float32)
-  if num_shards > 1:
-    zeros_SVD = _constrain(zeros_SVD, 0)
-  xs = (hidden_NSTD, targets_NST, weights_NST)
-  start = (jnp.zeros(num_shards, jnp.float32), zeros_SVD)
+  zeros_SVD = None
+  if head.perturbed:
+    zeros_SVD = jnp.zeros((num_shards, *head_VD.shape), jnp.float32)
+    zeros_SVD = _constrain(zeros_SVD, 0) if num_shards > 1 else zeros_SVD
   (total_S, head_grad_SVD), (hidden_grad_NSTD, nll_NST) = jax.lax.scan(
-    step, start, xs
+    step,
+    (jnp.zeros(num_shards, jnp.float32), zeros_SVD),
+    (hidden_NSTD, targets.value, weights.value),
   )
-  head_grad_VD = head_grad_SVD.sum(0).astype(head_VD.dtype)
+  head_grad_VD = None
+  if head.perturbed:
+    head_grad_VD = head_grad_SVD.sum(0).astype(head_VD.dtype)
   return total_S.sum(), (hidden_grad_NSTD, head_grad_VD, nll_NST)
 
 
 def _total_backward(soft_cap, z_loss, kept, cotangent):
   del soft_cap, z_loss
   hidden_grad_NSTD, head_grad_VD, nll_NST = kept
+
+  def scaled(grad):
+    return None if grad is None else (cotangent * grad).astype(grad.dtype)
+
   return (
-    (cotangent * hidden_grad_NSTD).astype(hidden_grad_NSTD.dtype),
-    (cotangent * head_grad_VD).astype(head_grad_VD.dtype),
+    scaled(hidden_grad_NSTD),
+    scaled(head_grad_VD),
     None,
     cotangent * nll_NST,
   )
 
 
-_total.defvjp(_total_forward, _total_backward)
+_total.defvjp(_total_forward, _total_backward, symbolic_zeros=True)

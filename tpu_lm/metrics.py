@@ -80,6 +80,12 @@ def _parse(text: bytes) -> dict[str, Any] | None:
   return line if is_line else None
 
 
+_SPOKEN = (  # of a held-out line; the file has all
+  'loss', 'perplexity', 'bits_per_byte', 'accuracy', 'margin', 'brier',
+  'well_formed', 'reward',
+)  # fmt: skip
+
+
 class Writer:
   """Appends to WORKDIR/metrics.jsonl and shows how far the run is.
 
@@ -256,14 +262,13 @@ class Writer:
     parts = [f'step {line["step"]:,}/{self._total_steps:,}']
     if line['split'] != 'train':
       parts += [line['split']] + [
-        f'{name} {_short(line[name])}'
-        for name in ('loss', 'perplexity', 'bits_per_byte')
-        if name in line
+        f'{name} {_short(line[name])}' for name in _SPOKEN if name in line
       ]
       self._progress.line(' · '.join(parts))
       return
-    if 'loss' in line:
-      parts.append(f'loss {_short(line["loss"])}')
+    for name in ('loss', 'accuracy'):
+      if name in line:
+        parts.append(f'{name} {_short(line[name])}')
     parts.append(f'{line["tokens_per_second"]:,.0f} tok/s')
     if line['utilisation'] is not None:
       parts.append(f'{line["utilisation"]:.0%} of peak')

@@ -19,15 +19,9 @@ import jax
 import optax
 from optax import contrib
 
+from tpu_lm import sharding
 from tpu_lm.errors import UserError, nearest
 from tpu_lm.sharding import path_name
-
-# Which axes of a stacked hidden matrix are its inputs, and which its outputs.
-_MUON_AXES = (
-  (r'attention/(q|k|v)$', ((1,), (2, 3))),  # N D H K
-  (r'attention/o$', ((1, 2), (3,))),  # N H K D
-  (r'mlp/(gate|up|down)$', ((1,), (2,))),  # N D F, N F D
-)
 
 
 def _check(options: Any, steps: int) -> None:
@@ -95,11 +89,14 @@ def muon_axes(params: Any) -> Any:
   """For each parameter its matrix axes under Muon, or None for AdamW."""
 
   def axes(path, leaf):
-    name = path_name(path)
-    for pattern, (reduction, output) in _MUON_AXES:
-      if re.search(pattern, name) and leaf.ndim == 1 + len(reduction + output):
-        return contrib.MuonDimensionNumbers(reduction, output)
-    return None
+    name = path_name(path).removesuffix('/base')
+    inputs = sharding.num_inputs(name)
+    if not inputs:  # LoRA's factors, too: their product is the matrix
+      return None
+    first = range(1, 1 + inputs)
+    return contrib.MuonDimensionNumbers(
+      tuple(first), tuple(range(1 + inputs, leaf.ndim))
+    )
 
   return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -123,9 +120,12 @@ def make(
   no_decay = re.compile(options.no_decay or r'(?!)')
 
   def decays(params):
-    return jax.tree_util.tree_map_with_path(
-      lambda path, _: not no_decay.search(path_name(path)), params
-    )
+    def decides(path, leaf):
+      del leaf
+      name = path_name(path)  # DoRA's magnitudes are norms (weights.py)
+      return not (no_decay.search(name) or name.endswith('/m'))
+
+    return jax.tree_util.tree_map_with_path(decides, params)
 
   b1, b2, eps = options.b1, options.b2, options.eps
   decay = options.weight_decay

@@ -1,8 +1,7 @@
 """A configuration brought to life: all that the loop folds over.
 
 `Run` assembles mesh, data, tokenizer, model, stage, optimizer and state, and
-holds what the loop does between steps. `load` opens a working directory for
-those who only read it: generation, evaluation, export.
+holds what the loop does between steps.
 """
 
 import contextlib
@@ -10,12 +9,14 @@ import dataclasses
 import functools
 import json
 import pathlib
+import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -24,11 +25,13 @@ from tpu_lm import (
   checkpoint,
   devices,
   flops,
+  kept,
   metrics,
   models,
   optim,
   sharding,
   stage,
+  start,
   tokenizer,
   train,
   weights,
@@ -37,13 +40,14 @@ from tpu_lm import config as configs
 from tpu_lm import (
   workdir as workdirs,
 )
-from tpu_lm.data import loader, prepare
+from tpu_lm.data import chat, loader, prepare
 from tpu_lm.errors import UserError
 from tpu_lm.phases import Phases
 
 # Keys whose change makes another run of it: its state cannot be continued.
 _FIXED = (
-  'seed', 'data.length', 'model', 'stage', 'trainable', 'optimizer.name'
+  'seed', 'data.length', 'data.rows', 'model', 'stage', 'init_from',
+  'transforms', 'trainable', 'optimizer.name',
 )  # fmt: skip
 _FREE = ('model.attention', 'model.remat', 'model.unroll')  # how, not what
 _TRACED = (5, 10)  # steps after the start between which a profile is traced
@@ -87,12 +91,7 @@ class Run:
     )
     with phases('init'), jax.set_mesh(self.mesh):
       self.first_step, self.state, self.frozen = self._start(report)
-      self.stage = stage.make(
-        config.stage_name,
-        self.model,
-        weights.combine(self.state.params, self.frozen),
-        config.stage,
-      )
+      self.stage = self.make_stage()
     self._describe()
     self.update = jax.jit(
       train.make_update(
@@ -107,10 +106,12 @@ class Run:
       # XLA would be free to lay the new state out in another way.
       out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), None),
     )
-    self.evals = [
-      stage.find('tpu_lm.evals', name, 'evals').make(self, rows)
-      for name in config.evals
-    ]
+    with jax.set_mesh(self.mesh):
+      self.kept = kept.visited(self, self.loader, 'train', report)
+      self.evals = [
+        stage.find('tpu_lm.evals', name, 'evals').make(self, rows)
+        for name in config.evals
+      ]
     self._open_metrics()
 
   def _open_metrics(self) -> None:
@@ -151,66 +152,84 @@ class Run:
       config = json.loads(self.config.to_json())
       workdirs.write_json(self.workdir / 'config.json', config)
       self.tokenizer.save(self.workdir / 'tokenizer')
+      template = self.loader.manifest.directory / chat.FILE
+      if template.is_file():
+        shutil.copy(template, self.workdir / 'tokenizer' / chat.FILE)
 
   # What it starts from: its own directory, init_from, or scratch.
 
-  def _fresh(self, key: jax.Array) -> tuple[train.State, Any]:
-    params = self.model.init_params(key)
-    trainable, frozen = weights.partition(params, self.config.trainable)
-    state = train.init(trainable, self.tx, self.config.guard.window)
-    return state, frozen
-
   def _start(self, report) -> tuple[int, train.State, Any]:
-    shapes = jax.eval_shape(self._fresh, self.root)
-    state, frozen = sharding.abstract(shapes, self.mesh)
-    whole = state._replace(params=weights.combine(state.params, frozen))
+    config = self.config
+    whole = start.abstract(self.model, config, self.mesh)
+    trainable, frozen = self._split(whole)
+    apart = start.is_apart(config, frozen)
+    begin = functools.partial(
+      train.init, tx=self.tx, window=config.guard.window
+    )
+    state = sharding.abstract(jax.eval_shape(begin, trainable), self.mesh)
+    target = state if apart else state._replace(params=whole)
     try:
-      restored = self.checkpoints.restore(whole)
+      restored = self.checkpoints.restore(target)
     except UserError as error:  # arrays of another shape: why?
       self._refuse_other_data(error)
       raise
-    damaged = self.workdir / 'checkpoints' / 'damaged'
-    if restored is None and damaged.is_dir() and any(damaged.iterdir()):
-      raise UserError(
-        f'{self.workdir}: every checkpoint is damaged, and set aside in '
-        f'{damaged}; remove that folder to train from the start again'
-      )
-    if restored is not None:
-      if restored.meta['fingerprint'] != self.loader.manifest.fingerprint:
-        self._refuse_other_data(None)
-        raise UserError(
-          f'{self.workdir}: the text of {self.config.data.source} has changed '
-          'since it was trained on; give the former files, or another --workdir'
-        )
-      report(f'continues from step {restored.step:,} of {self.workdir}')
-      params = self._split(restored.state.params)
-      return restored.step, restored.state._replace(params=params[0]), params[1]
-    if self.config.init_from:
-      params = self._initial(report, whole.params)
-      trainable, frozen = self._split(params)
+    if restored is None:
+      self._refuse_only_damaged()
+      begun = self._begun(None, report)
+      self.base = begun.base
+      trainable, frozen = self._split(begun.params)
       places = jax.tree.map(lambda leaf: leaf.sharding, state)
-      begin = jax.jit(
-        lambda p: train.init(p, self.tx, self.config.guard.window),
-        out_shardings=places,
-      )
+      begin = jax.jit(begin, out_shardings=places, donate_argnums=0)
       return 0, begin(trainable), frozen
-    places = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen))
-    return 0, *jax.jit(self._fresh, out_shardings=places)(self.root)
+    if restored.meta['fingerprint'] != self.loader.manifest.fingerprint:
+      self._refuse_other_data(None)
+      raise UserError(
+        f'{self.workdir}: the text of {config.data.source} has changed '
+        'since it was trained on; give the former files, or another --workdir'
+      )
+    self.base, state = restored.meta.get('base'), restored.state
+    if apart:
+      frozen = self._split(self._begun(self.base).params)[1]
+    else:
+      trainable, frozen = self._split(state.params)
+      state = state._replace(params=trainable)
+    report(f'continues from step {restored.step:,} of {self.workdir}')
+    return restored.step, state, frozen
 
   def _split(self, params: Any) -> tuple[Any, Any]:
     return weights.partition(params, self.config.trainable)
 
-  def _initial(self, report, abstract: Any) -> Any:
-    other = pathlib.Path(self.config.init_from)
-    theirs = tokenizer.load(other / 'tokenizer')
-    if theirs.digest != self.tokenizer.digest:
+  def _begun(self, base: dict | None, report=lambda _: None) -> start.Start:
+    return start.begin(
+      self.model, self.config, self.mesh, self.tokenizer.digest, base, report
+    )
+
+  def make_stage(self) -> stage.Stage:
+    return stage.make(
+      self.config.stage_name, self.model, self.starting, self.config.stage
+    )
+
+  def starting(self) -> Any:
+    """The parameters that this run began with; they may be kept.
+
+    Before the first update they are copied, as it donates them. Later they
+    are read again, unless only adapters are trained: whoever compares with
+    the start takes these away (`weights.unadapt`).
+    """
+    params = weights.combine(self.state.params, self.frozen)
+    only_adapters = not self.config.trainable and weights.is_adapted(params)
+    if self.first_step and not only_adapters:
+      return self._begun(self.base).params
+    copies = jax.tree.map(jnp.copy, self.state.params)
+    return weights.combine(copies, self.frozen)
+
+  def _refuse_only_damaged(self) -> None:
+    damaged = self.workdir / 'checkpoints' / 'damaged'
+    if damaged.is_dir() and any(damaged.iterdir()):
       raise UserError(
-        f'init_from={other}: has another tokenizer; set --config.data.'
-        f'tokenizer={other}/tokenizer/tokenizer.json'
+        f'{self.workdir}: every checkpoint is damaged, and set aside in '
+        f'{damaged}; remove that folder to train from the start again'
       )
-    step, params, _ = checkpoint.restore_params(other / 'checkpoints', abstract)
-    report(f'starts from the parameters of {other}, step {step:,}')
-    return params
 
   def _refuse_other_data(self, cause: Exception | None) -> None:
     """Names the data key that differs from the run's own, if one does."""
@@ -225,10 +244,18 @@ class Run:
   # What the loop does between steps.
 
   def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
-    return self.loader.prefetch(first)
+    for step, rows in enumerate(self.loader.prefetch(first), first):
+      yield rows | self.kept.columns(self.loader.row_numbers(step))
 
   def put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_batch(rows, self.mesh)
+
+  def parts(self, state: train.State, batch: dict, key: jax.Array) -> Iterable:
+    """The batches that the stage makes of one, each for an update."""
+    if self.stage.prepare is stage.as_it_came:
+      return (batch,)  # parameters in parts need not be put together for it
+    params = weights.combine(state.params, self.frozen)
+    return self.stage.prepare(params, batch, key)
 
   def must_stop(self, step: int, state: train.State, pending: tuple) -> bool:
     """Whether a signal came; also tells the watcher what it may save."""
@@ -277,7 +304,11 @@ class Run:
       )
     if step % self.config.log_every == 0 or self._is_last(step):
       # Of the rows of this process: it tells if two runs saw the same data.
-      values['rows_crc'] = zlib.crc32(rows['tokens'].tobytes())
+      values['rows_crc'] = functools.reduce(
+        lambda crc, name: zlib.crc32(rows[name].tobytes(), crc),
+        sorted(name for name in rows if name.endswith('tokens')),
+        0,
+      )
       self.writer.update(step, 'train', values)
 
   @contextlib.contextmanager
@@ -320,13 +351,16 @@ class Run:
   def _save(self, step, state, scores, pending) -> None:
     if pending:
       self.report(*pending)
-    whole = state._replace(params=weights.combine(state.params, self.frozen))
+    if not start.is_apart(self.config, self.frozen):
+      params = weights.combine(state.params, self.frozen)
+      state = state._replace(params=params)
     meta = {
       'fingerprint': self.loader.manifest.fingerprint,
       'tokenizer': self.tokenizer.digest,
       'seed': self.config.seed,
+      'base': self.base,
     }
-    self.checkpoints.save(step, whole, meta, scores)
+    self.checkpoints.save(step, state, meta, scores)
 
   def trace(self, step: int) -> None:
     """Starts and ends the trace that `profile` asks for."""
@@ -356,8 +390,7 @@ def check(config: ConfigDict, mesh: Any) -> None:
     UserError: a model, stage, evaluation or start that cannot be.
   """
   draft = models.make(config.model_name, config.model, 1, config.data.length)
-  shapes = jax.eval_shape(draft.init_params, jax.random.key(0))
-  sharding.shardings_of(shapes, mesh)
+  shapes = start.abstract(draft, config, mesh)
   try:
     weights.partition(shapes, config.trainable)
   except ValueError as error:
@@ -366,11 +399,6 @@ def check(config: ConfigDict, mesh: Any) -> None:
   stage.check_hparams(module.make, config.stage, 'stage')
   for name in config.evals:
     stage.find('tpu_lm.evals', name, 'evals')
-  start = pathlib.Path(config.init_from)
-  if config.init_from and not (start / 'checkpoints').is_dir():
-    raise UserError(
-      f'init_from={config.init_from}: no working directory with checkpoints'
-    )
 
 
 def _resolved(config: ConfigDict) -> dict[str, Any]:
@@ -432,6 +460,8 @@ def execute(
     run = Run(config, workdir, phases, report)
     try:
       with jax.set_mesh(run.mesh):
+        if config.init_from and not run.first_step:
+          run.evaluate(0, run.state)  # what the later ones are compared with
         train.fold(run)
     finally:
       run.close()
@@ -440,36 +470,3 @@ def execute(
     lines = metrics.read(workdir / 'metrics.jsonl')
     heldout = [line for line in lines if line['split'] == 'heldout']
     return heldout[-1] if heldout else {}
-
-
-class Loaded(NamedTuple):
-  """What reading commands need of a working directory."""
-
-  config: ConfigDict
-  tokenizer: Any
-  model: Any
-  params: Any
-  step: int
-  mesh: Any
-
-
-def load(workdir: pathlib.Path) -> Loaded:
-  """Opens a working directory to read it, on the devices that are here."""
-  workdir = pathlib.Path(workdir)
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise UserError(
-      f'--workdir={workdir}: no config.json there, so nothing was trained in '
-      'it; give the --workdir of a `tpu_lm train`'
-    )
-  config = configs.read(path)
-  tokens = tokenizer.load(workdir / 'tokenizer')
-  model = models.make(
-    config.model_name, config.model, tokens.vocab_size, config.data.length
-  )
-  mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'data': -1})
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  step, params, _ = checkpoint.restore_params(
-    workdir / 'checkpoints', sharding.abstract(shapes, mesh)
-  )
-  return Loaded(config, tokens, model, params, step, mesh)

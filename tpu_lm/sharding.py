@@ -9,6 +9,7 @@ One table of (pattern, spec) says how a parameter is laid out; optimizer state
 follows its parameter, since its paths end in the parameter's path.
 """
 
+import math
 import re
 from typing import Any
 
@@ -22,15 +23,22 @@ from tpu_lm.errors import UserError
 AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
 BATCH = ('data', 'fsdp')  # the axes that share out a batch's rows
 
-# The first pattern that is found in the path decides. Leading N: layers.
+# The first pattern that is found in the path decides. Leading N: layers. The
+# number says how many dimensions of a matrix are its inputs; they come first.
 RULES = (
-  (r'(^|/)(embedding|head)$', P('tensor', 'fsdp')),  # V D
-  (r'attention/(q|k|v)$', P(None, 'fsdp', 'tensor', None)),  # N D H K
-  (r'attention/(q|k|v)_bias$', P(None, 'tensor', None)),  # N H K
-  (r'attention/o$', P(None, 'tensor', None, 'fsdp')),  # N H K D
-  (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor')),  # N D F
-  (r'mlp/down$', P(None, 'tensor', 'fsdp')),  # N F D
+  (r'(^|/)(embedding|head)$', P('tensor', 'fsdp'), 0),  # V D
+  (r'attention/(q|k|v)$', P(None, 'fsdp', 'tensor', None), 1),  # N D H K
+  (r'attention/(q|k|v)_bias$', P(None, 'tensor', None), 0),  # N H K
+  (r'attention/o$', P(None, 'tensor', None, 'fsdp'), 2),  # N H K D
+  (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor'), 1),  # N D F
+  (r'mlp/down$', P(None, 'tensor', 'fsdp'), 1),  # N F D
 )
+# What a weight may be made of (weights.py, quantize.py): the path goes on.
+_PARTS = re.compile(
+  r'^(.*?)(?:/base)?'
+  r'(?:/(values|scales|a|b|m|codes|peaks|steps|mean))?$'
+)
+_BLOCKS = ('fsdp', 'tensor')  # the axes that share out blocks of 4-bit codes
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -104,29 +112,63 @@ def num_batch_shards(mesh: Mesh) -> int:
   return int(np.prod([mesh.shape[axis] for axis in BATCH]))
 
 
+def num_inputs(name: str) -> int:
+  """How many dimensions of the matrix of this path are inputs; 0: no matrix.
+
+  Args:
+    name: of the weight, without what it may be made of (`stem`).
+  """
+  found = (n for pattern, _, n in RULES if re.search(pattern, name))
+  return next(found, 0)
+
+
+def stem(name: str) -> str:
+  """'layers/attention/q' for 'layers/attention/q/base/codes' and the like."""
+  return _PARTS.match(name)[1]
+
+
+def _rule(name: str, ndim: int) -> P:
+  """The spec that the table has for a path, whatever the sizes are."""
+  name, part = _PARTS.match(name).groups()
+  if part in ('codes', 'peaks'):
+    return P(None, _BLOCKS, *(None,) * (ndim - 2))
+  for pattern, spec, inputs in RULES:
+    if not re.search(pattern, name):
+      continue
+    if part == 'a':
+      spec = P(*spec[: 1 + inputs], None)
+    elif part == 'b':
+      spec = P(spec[0], None, *spec[1 + inputs :])
+    elif part == 'm':
+      spec = P(spec[0], *spec[1 + inputs :])
+    if len(spec) == ndim:
+      return spec
+  return P(*(None,) * ndim)
+
+
 def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """The spec of the array called `name` (a path, or one that ends in it).
 
-  A dimension that its axis does not divide stays whole, but for `tensor`
-  over heads and hidden units, where that would undo what was asked for.
+  A dimension that its axes do not divide is shared out over fewer, or stays
+  whole, but for `tensor` over heads and hidden units, where that would undo
+  what was asked for.
 
   Raises:
     UserError: `tensor` does not divide what it must.
   """
-  for pattern, spec in RULES:
-    if not re.search(pattern, name) or len(spec) != len(shape):
-      continue
-    axes = []
-    for axis, size in zip(spec, shape, strict=True):
-      divides = axis is None or size % mesh.shape[axis] == 0
-      if not divides and axis == 'tensor' and len(shape) > 2:
-        raise UserError(
-          f'mesh.tensor={mesh.shape[axis]}: does not divide the {size} '
-          f'heads or hidden units of {name}'
-        )
-      axes.append(axis if divides else None)
-    return P(*axes)
-  return P()
+  found = []
+  for axes, size in zip(_rule(name, len(shape)), shape, strict=True):
+    axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    must = axes == ('tensor',) and len(shape) > 2 and size > 1
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+      axes = axes[:-1]
+    if must and not axes:
+      raise UserError(
+        f'mesh.tensor={mesh.shape["tensor"]}: does not divide the {size} '
+        f'heads or hidden units of {name}'
+      )
+    found.append(axes if len(axes) > 1 else axes[0] if axes else None)
+  return P(*found) if any(found) else P()
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
@@ -183,6 +225,22 @@ def splits_sequence() -> bool:
 def constrain_activations(x_BLD: jax.Array) -> jax.Array:
   """Rows over data and fsdp, positions over sequence, the model whole."""
   return _constrain(x_BLD, BATCH, 'sequence', None)
+
+
+def constrain_weight(weight: jax.Array, letters: str) -> jax.Array:
+  """A weight that was just made: heads and hidden units over tensor.
+
+  Args:
+    weight: of one layer.
+    letters: its axis letters, those of DESIGN.
+  """
+  axes = ('tensor' if letter in 'HF' else None for letter in letters)
+  return _constrain(weight, *axes)
+
+
+def replicate(x: jax.Array) -> jax.Array:
+  """Gathers a whole array on every device."""
+  return _constrain(x, *(None,) * x.ndim)
 
 
 def replicate_columns(table_VD: jax.Array) -> jax.Array:

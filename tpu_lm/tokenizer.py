@@ -63,28 +63,38 @@ class Tokenizer:
       has none.
     token_bytes: np.int32[vocab_size], the utf-8 bytes that each id stands for;
       0 for special tokens.
+    names: how eos_token, pad_token and bos_token are spelled; the last only
+      where a brought tokenizer has one.
+    special_tokens: the entries of tokenizer.json that no text can give, with
+      content, id, lstrip, rstrip and single_word.
     digest: sha256 over all that decides which ids a text gets.
   """
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, eot: str, pad: str):
+  def __init__(
+    self, tokenizer: tokenizers.Tokenizer, eot: str, pad: str, bos: str = ''
+  ):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     self._tokenizer = tokenizer
     self._spec = json.loads(tokenizer.to_str())
-    self._names = {'eos_token': eot, 'pad_token': pad}
+    self._variants: dict[str, tokenizers.Tokenizer] = {'start': tokenizer}
+    names = {'eos_token': eot, 'pad_token': pad}
+    self.names = names | ({'bos_token': bos} if bos else {})
     self.vocab_size = max(tokenizer.get_vocab(True).values()) + 1
     self.eot_id = tokenizer.token_to_id(eot)
     self.pad_id = tokenizer.token_to_id(pad)
     self.im_start_id = tokenizer.token_to_id(IM_START)
     self.im_end_id = tokenizer.token_to_id(IM_END)
+    self.special_tokens = [
+      token for token in self._spec['added_tokens'] if token['special']
+    ]
     self.special_ids = np.array(
-      sorted({t['id'] for t in self._spec['added_tokens'] if t['special']}),
-      np.int64,
+      sorted({token['id'] for token in self.special_tokens}), np.int64
     )
     self.token_bytes = _token_bytes(tokenizer, self._spec, self.vocab_size)
     self.digest = hashlib.sha256(
-      json.dumps([self._spec, self._names], sort_keys=True).encode()
+      json.dumps([self._spec, names], sort_keys=True).encode()
     ).hexdigest()
     # One id a byte needs no search for merges, and is 100 times as fast so.
     model = self._spec['model']
@@ -101,6 +111,33 @@ class Tokenizer:
     if self._is_byte:
       return [self._bytes_to_ids(text) for text in texts]
     encodings = self._tokenizer.encode_batch_fast(
+      texts, add_special_tokens=False
+    )
+    return [encoding.ids for encoding in encodings]
+
+  def encode_pieces(
+    self, texts: Sequence[str], after: str
+  ) -> list[Sequence[int]]:
+    """`encode` of pieces of a text that is cut where special tokens stand.
+
+    Tokenizers of the SentencePiece kind put a space before a text, and some
+    also after each special token; a piece must get no other.
+
+    Args:
+      texts: the pieces.
+      after: what stands before them: 'start' (nothing), 'special' (a special
+        token) or 'text'.
+    """
+    if after not in self._variants:
+      spec = _unprefixed(self._spec, after)
+      variant = self._variants['start']
+      if spec != self._spec:
+        variant = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        variant.encode_special_tokens = True
+      self._variants[after] = variant
+    if self._variants[after] is self._tokenizer:
+      return self.encode_batch(texts)
+    encodings = self._variants[after].encode_batch_fast(
       texts, add_special_tokens=False
     )
     return [encoding.ids for encoding in encodings]
@@ -126,7 +163,7 @@ class Tokenizer:
     try:
       folder.mkdir(parents=True, exist_ok=True)
       for name, content in (
-        ('tokenizer_config.json', self._names),
+        ('tokenizer_config.json', self.names),
         ('tokenizer.json', self._spec),
       ):
         text = json.dumps(content, ensure_ascii=False, indent=1)
@@ -241,12 +278,13 @@ def load(path: str | os.PathLike) -> Tokenizer:
       'name it as "eos_token" in a tokenizer_config.json beside it'
     )
   pad = _special(names, 'pad_token', PAD_NAMES, added) or eot
-  _isolate(spec, {eot, pad})
+  bos = _special(names, 'bos_token', (), added)
+  _isolate(spec, {eot, pad, bos})
   try:
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
   except Exception as error:  # the library raises plain Exception
     raise UserError(f'{file}: not a tokenizer.json ({error})') from error
-  return Tokenizer(tokenizer, eot, pad)
+  return Tokenizer(tokenizer, eot, pad, bos)
 
 
 def _special(
@@ -286,6 +324,31 @@ def _isolate(spec: dict[str, Any], names: set[str]) -> None:
       [piece, -1e9 if piece in special else score]
       for piece, score in model['vocab']
     ]
+
+
+def _unprefixed(part: Any, after: str) -> Any:
+  """The part of a tokenizer.json without the spaces it puts before texts.
+
+  After a special token only those go that are put before a whole text.
+  """
+  if isinstance(part, list):
+    parts = [_unprefixed(p, after) for p in part]
+    return [p for p in parts if p is not None]
+  if not isinstance(part, dict):
+    return part
+  always = after == 'text'
+  if part.get('type') == 'Prepend' and always:
+    return None
+  part = part | {
+    key: _unprefixed(part[key], after)
+    for key in ('normalizer', 'normalizers', 'pre_tokenizer', 'pretokenizers')
+    if key in part
+  }
+  if 'prepend_scheme' in part and (always or part['prepend_scheme'] == 'first'):
+    part['prepend_scheme'] = 'never'
+  if part.get('add_prefix_space') and always:
+    part['add_prefix_space'] = False
+  return part
 
 
 def _byte_vocab() -> dict[str, int]:

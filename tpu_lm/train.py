@@ -128,8 +128,7 @@ def fold(run: Any) -> State:
       rows = next(batches)
       batch, key = run.put(rows), jax.random.fold_in(run.root, step)
     with run.phases('step') if pending else run.aside('compile'):
-      params = weights.combine(state.params, run.frozen)
-      for part in run.stage.prepare(params, batch, key):
+      for part in run.parts(state, batch, key):
         state, metrics = run.update(state, run.frozen, part, key)
       if pending:
         run.report(*pending)

@@ -28,6 +28,37 @@ def folder(tmp_path_factory):
   return prepare.prepare(config, path / 'data').directory
 
 
+RECORDS = {
+  'pairs': ('dpo', ('chosen_', 'rejected_'), 'margins'),
+  'rated': ('kto', ('', 'mismatched_'), 'scores'),
+}
+
+
+@pytest.fixture(scope='module', params=RECORDS)
+def records(request, tmp_path_factory):
+  """A folder of rows of records, and what is known of it."""
+  path = tmp_path_factory.mktemp(request.param)
+  found = [
+    {
+      'prompt': f'{i}',
+      'chosen': 'a' * (1 + i % 9),
+      'rejected': 'no',
+      'margin': i,
+    }
+    if request.param == 'pairs'
+    else {'prompt': f'{i}', 'completion': 'a' * (1 + i % 9), 'score': i}
+    for i in range(1, 120)
+  ]
+  (path / 'a.jsonl').write_text('\n'.join(map(json.dumps, found)))
+  config = config_lib.base()
+  config.stage_name, prefixes, values = RECORDS[request.param]
+  config.data.source = str(path / 'a.jsonl')
+  config.data.tokenizer = 'byte'
+  config.data.length = 64
+  made = prepare.prepare(config, path / 'data')
+  return made.directory, prefixes, values
+
+
 def train(folder, batch_size=8, seed=0, **more):
   return loader.Loader(folder, 'train', batch_size, seed, 260, **more)
 
@@ -157,6 +188,85 @@ def test_an_error_ahead_comes_where_its_batch_would(folder):
   assert [next(ahead) for _ in range(3)] == [0, 1, 2]
   with pytest.raises(UserError, match='at 3'):
     next(ahead)
+
+
+def test_columns_of_records(records):
+  folder, prefixes, values = records
+  rows = train(folder)
+  batch = rows.batch(3)
+  wanted = {values: (np.float32, (8, rows.manifest.slots))}
+  for prefix in prefixes:
+    for name, dtype in (
+      ('tokens', np.int32), ('loss_mask', bool),
+      ('segment_ids', np.int32), ('positions', np.int32),
+    ):  # fmt: skip
+      wanted[prefix + name] = (dtype, (8, 65))
+  found = {name: (x.dtype, x.shape) for name, x in batch.items()}
+  assert found == wanted
+  for at, (shard, row) in enumerate(rows.rows(3)):
+    for name in wanted:
+      if name.endswith('positions'):
+        continue
+      array = np.load(folder / f'{shard}.{name}.npy')
+      np.testing.assert_array_equal(batch[name][at], array[row])
+  for prefix in prefixes:
+    segments, begins = (
+      batch[f'{prefix}segment_ids'],
+      batch[f'{prefix}positions'],
+    )
+    np.testing.assert_array_equal(begins, loader.positions(segments))
+    # A slot counts where its segment has targets, and has a number there.
+    for row in range(8):
+      counted = np.unique(segments[row][batch[f'{prefix}loss_mask'][row]])
+      assert counted.tolist() == list(range(1, segments[row].max() + 1))
+      assert (np.flatnonzero(batch[values][row]) + 1).tolist() == (
+        counted.tolist()
+      )
+
+
+def test_rows_by_number(records, folder):
+  for where in (folder, records[0]):
+    rows = train(where)
+    numbers = rows.row_numbers(5)
+    assert numbers.dtype == np.int64
+    assert_equal(rows.rows_at(numbers), rows.batch(5))
+    assert_equal(
+      rows.rows_at(numbers[::-1]),
+      {name: x[::-1] for name, x in rows.batch(5).items()},
+    )
+    padded = rows.rows_at(np.array([-1, numbers[0]]))
+    for name, column in padded.items():
+      if not name.endswith('tokens'):
+        assert not column[0].any(), name
+      np.testing.assert_array_equal(column[1], rows.batch(5)[name][0])
+  held = loader.Loader(records[0], 'heldout', 5, 0, 260, shuffle=False)
+  numbers = [held.row_numbers(step) for step in range(held.num_batches)]
+  numbers = np.concatenate(numbers)
+  assert numbers[: held.num_rows].tolist() == list(range(held.num_rows))
+  assert (numbers[held.num_rows :] == -1).all()
+  parts = [train(folder, process_index=i, process_count=2) for i in range(2)]
+  np.testing.assert_array_equal(
+    np.concatenate([part.row_numbers(4) for part in parts]),
+    train(folder).row_numbers(4),
+  )
+
+
+def test_every_array_of_tokens_is_checked(records, tmp_path):
+  folder, prefixes, values = records
+  for prefix in prefixes:
+    damaged = copy(folder, tmp_path / f'x{prefix}')
+    shard = damaged / f'train-00000.{prefix}tokens.npy'
+    array = np.load(shard)
+    array[:, 0] = 300
+    np.save(shard, array)
+    with pytest.raises(UserError, match=r'token id 300 is not below'):
+      train(damaged).batch(0)
+  damaged = copy(folder, tmp_path / 'y')
+  shard = damaged / f'train-00000.{values}.npy'
+  array = np.load(shard)
+  np.save(shard, np.ascontiguousarray(array.T))
+  with pytest.raises(UserError, match=rf'{values}\.npy: has the shape'):
+    train(damaged).batch(0)
 
 
 def test_ids_beyond_the_vocabulary_are_refused(folder):

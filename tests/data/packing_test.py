@@ -56,7 +56,7 @@ def test_rows_of_a_range_are_those_of_the_whole(kind, monkeypatch):
   stream, starts, sizes = documents(np.random.default_rng(2), 60, 50)
   plan = packing.plan(starts, sizes, 16, kind)
   whole = packing.rows(stream, plan, 0, plan.num_rows, 16, 0)
-  monkeypatch.setattr(packing, '_BLOCK', 60)
+  monkeypatch.setattr(packing, 'BLOCK', 60)
   for first in range(0, plan.num_rows, 7):
     part = packing.rows(
       stream, plan, first, min(first + 7, plan.num_rows), 16, 0
@@ -96,8 +96,30 @@ def test_concat_pads_only_the_last_row():
   assert plan.num_rows == -(-(len(stream) - 1) // 32)
 
 
+@pytest.mark.parametrize('kind', packing.WHOLE_KINDS)
+def test_whole_records_lie_side_by_side(kind):
+  rng = np.random.default_rng(6)
+  for count in (1, 7, 90):
+    sizes = rng.integers(2, 33, count)
+    plan = packing.whole(sizes, 32, kind)
+    assert sorted(plan.order.tolist()) == list(range(count))
+    assert sorted(set(plan.row.tolist())) == list(range(plan.num_rows))
+    for row in range(plan.num_rows):
+      held = np.flatnonzero(plan.row == row)
+      ends = np.cumsum(sizes[plan.order[held]])
+      assert plan.column[held].tolist() == [0, *ends[:-1].tolist()]
+      assert ends[-1] <= 32
+      assert plan.number[held].tolist() == list(range(1, len(held) + 1))
+      assert kind == 'best_fit' or len(held) == 1
+    if kind == 'best_fit':
+      filled = np.bincount(plan.row, sizes[plan.order]).astype(int)
+      assert sorted(32 - filled) == best_fit_decreasing(sizes.tolist(), 32)
+
+
 def test_nothing_gives_no_rows():
   none = np.zeros(0, np.int64)
+  for kind in packing.WHOLE_KINDS:
+    assert packing.whole(none, 16, kind).num_rows == 0
   for kind in packing.KINDS:
     assert packing.plan(none, none, 16, kind).num_rows == 0
 
@@ -112,3 +134,6 @@ def test_many_pieces_are_planned_quickly():
 def test_unknown_kind_names_the_nearest():
   with pytest.raises(UserError, match=r"data.packing=bestfit: .*'best_fit'"):
     packing.check('bestfit')
+  for rows, kind in (('text', 'none'), ('pairs', 'concat')):
+    with pytest.raises(UserError, match=f'={kind}: not for rows of {rows}'):
+      packing.check(kind, rows)

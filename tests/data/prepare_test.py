@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tpu_lm import config as config_lib
-from tpu_lm.data import manifest, prepare
+from tpu_lm.data import manifest, preparation, prepare, prepare_text
 from tpu_lm.errors import UserError
 
 
@@ -132,6 +132,19 @@ def test_order_of_records_and_files_changes_nothing(tmp_path):
         )
 
 
+def test_rows_of_text_stay_what_they_were(tmp_path):
+  """Else manifest.FORMAT must be raised: what was prepared is prepared anew."""
+  path = write_records(tmp_path / 'a.jsonl', texts_of(40))
+  made, _ = prepared(path, tmp_path / 'data')
+  shard = made.splits('train')[0].shards[0]
+  assert {name: file['sha256'][:16] for name, file in shard.files.items()} == {
+    'tokens': '51adc27a63ba8105',
+    'segment_ids': '3d76824b6b7052b5',
+  }
+  assert made.rows == 'text'
+  assert {'rows', 'chat_template'}.isdisjoint(made.content['asked'])
+
+
 def test_fingerprint_tells_what_differs(tmp_path):
   path = write_records(tmp_path / 'a.jsonl', texts_of(80))
   variants = [{}, {'length': 40}, {'packing': 'concat'}, {'heldout_share': 0.3}]
@@ -226,7 +239,7 @@ def test_unfinished_folder_is_done_anew(tmp_path):
 def test_large_splits_have_several_shards(tmp_path, monkeypatch):
   path = write_records(tmp_path / 'a.jsonl', texts_of(50))
   whole, _ = prepared(path, tmp_path / 'x')
-  monkeypatch.setattr(prepare, 'SHARD_BYTES', 1000)
+  monkeypatch.setattr(preparation, 'SHARD_BYTES', 1000)
   parts, _ = prepared(path, tmp_path / 'y')
   assert len(parts.splits('train')[0].shards) > 3
   np.testing.assert_array_equal(
@@ -240,8 +253,8 @@ def test_small_batches_give_the_same(tmp_path, monkeypatch):
   (tmp_path / 'a.txt').write_text(text)
   data = {'tokenizer': 'bpe', 'vocab_size': 300, 'length': 20_000}
   whole, _ = prepared(tmp_path / 'a.txt', tmp_path / 'x', **data)
-  monkeypatch.setattr(prepare.files, 'PIECE', 500)
-  monkeypatch.setattr(prepare, '_BATCH', 900)
+  monkeypatch.setattr(prepare_text.files, 'PIECE', 500)
+  monkeypatch.setattr(prepare_text, '_BATCH', 900)
   parts, _ = prepared(tmp_path / 'a.txt', tmp_path / 'y', **data)
   np.testing.assert_array_equal(
     column(whole, 'train', 'tokens'), column(parts, 'train', 'tokens')

@@ -55,6 +55,25 @@ def test_every_kind_of_file(tmp_path, zipped):
   assert texts(path)[0] == ['ä one', 'two\n']
 
 
+def test_whole_records_of_every_kind_of_file(tmp_path):
+  records = [{'a': 'ä', 'b': [{'c': 1}]}, {'a': 'é', 'b': []}]
+  write_lines(tmp_path / 'a.jsonl', records)
+  (tmp_path / 'b.json').write_text(json.dumps(records))
+  table = pyarrow.Table.from_pylist(records)
+  pyarrow.parquet.write_table(table, tmp_path / 'c.parquet')
+  reading = files.Reading()
+  found = list(sources.open(str(tmp_path), '').records(reading))
+  assert [record for _, record in found] == records * 3
+  assert [origin.split('/')[-1] for origin, _ in found] == [
+    'a.jsonl:1', 'a.jsonl:2', 'b.json: record 1', 'b.json: record 2',
+    'c.parquet: row 1', 'c.parquet: row 2',
+  ]  # fmt: skip
+  assert reading.records == 6
+  (tmp_path / 'd.md').write_text('text')
+  with pytest.raises(UserError, match=r'd\.md: is text, where records'):
+    list(sources.open(str(tmp_path), '').records(files.Reading()))
+
+
 def test_folder_and_glob(tmp_path):
   (tmp_path / 'deep').mkdir()
   (tmp_path / 'b.txt').write_text('b')

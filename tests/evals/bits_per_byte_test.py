@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from tpu_lm import config as configs
-from tpu_lm import models, run, tokenizer
+from tpu_lm import models, run, start, tokenizer
 from tpu_lm.data import prepare
 from tpu_lm.errors import UserError
 from tpu_lm.evals import bits_per_byte
@@ -98,7 +98,7 @@ def test_rows_without_text_are_a_users_mistake(batches):
 
 @pytest.fixture(scope='module')
 def loaded(tmp_path_factory):
-  """(working directory, what run.load gives) of a model by chance."""
+  """(working directory, what start.load gives) of a model by chance."""
   workdir = tmp_path_factory.mktemp('run')
   config = configs.base()
   config.batch_size = 6  # eight devices must share the rows all the same
@@ -111,7 +111,7 @@ def loaded(tmp_path_factory):
   model = models.make('qwen3', tiny.SHAPE, tokens.vocab_size, tiny.LENGTH)
   params = tiny.params(model)
   mesh = tiny.mesh(data=8)
-  return workdir, run.Loaded(config, tokens, model, params, 0, mesh)
+  return workdir, start.Loaded(config, tokens, model, params, 0, mesh)
 
 
 def scores_of_text(loaded, text):

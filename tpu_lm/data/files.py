@@ -1,8 +1,10 @@
 """Documents out of files: plain text, JSON Lines, JSON lists and Parquet.
 
 A text file is one document and is read in pieces, however long it is; a record
-of the other kinds is one. Text is UTF-8; a byte-order mark is taken away and
-CR LF becomes LF, both counted. What is wrong is told with file and line.
+of the other kinds is one, by its field that holds text. Records can also be
+had whole, with all their fields. Text is UTF-8; a byte-order mark is taken
+away and CR LF becomes LF, both counted. What is wrong is told with file and
+line.
 """
 
 import codecs
@@ -33,7 +35,7 @@ _KINDS = {
   '.parquet': 'parquet',
 }
 KNOWN = '.txt, .md, .jsonl, .json (each also .gz) and .parquet'
-_SKIP = 'or skip such records with --config.data.max_bad_share=0.01'
+SKIP = 'or skip such records with --config.data.max_bad_share=0.01'
 
 # Where tokenisers of the Llama-3 kind begin a new word in any case, so that
 # pieces give the tokens of the whole.
@@ -160,6 +162,14 @@ class TextFile(_File):
     reading.records += 1
     yield Document(str(self.path), lambda: self._pieces(reading), is_file=True)
 
+  def records(self, reading: Reading) -> Iterator[tuple[str, Mapping]]:
+    del reading
+    raise UserError(
+      f'{self.path}: is text, where records of fields are asked for; give '
+      'JSON Lines, JSON or Parquet, or train on text with '
+      '--config.stage_name=pretrain'
+    )
+
   def _pieces(self, reading: Reading) -> Iterator[str]:
     reading.crlf[str(self.path)] = 0
     return cut(self.read(lambda stream: self._blocks(stream, reading)))
@@ -179,7 +189,7 @@ class TextFile(_File):
         reading.bom.add(name)
         text = text[1:]
       held = '\r' if data and text.endswith('\r') else ''
-      text, count = _unix(text.removesuffix(held) if held else text)
+      text, count = unix(text.removesuffix(held) if held else text)
       reading.crlf[name] += count
       yield text
       if not data:
@@ -195,7 +205,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
   )
 
 
-def _unix(text: str) -> tuple[str, int]:
+def unix(text: str) -> tuple[str, int]:
   """`text` with LF line ends, and how many were CR LF."""
   if '\r\n' not in text:
     return text, 0
@@ -261,20 +271,36 @@ class Records:
       if text is not None:
         yield _document(origin, text)
 
+  def records(self, reading: Reading) -> Iterator[tuple[str, Mapping]]:
+    """Whole records, as they are, each with its origin."""
+    for origin, record in self._records(reading):
+      reading.records += 1
+      if self._is_object(origin, record, reading, 'give it fields'):
+        yield origin, record
+
+  def _is_object(
+    self, origin: str, record: Any, reading: Reading, mend: str
+  ) -> bool:
+    """Whether a record has fields; refuses it where it has none."""
+    if isinstance(record, Mapping):
+      return True
+    reading.refuse(
+      f'{origin}: a record must be a JSON object, not '
+      f'{type(record).__name__}; {mend}, {SKIP}'
+    )
+    return False
+
   def _text(self, origin: str, record: Any, reading: Reading) -> str | None:
     """The text of a record; None where the record is bad."""
-    if not isinstance(record, Mapping):
-      reading.refuse(
-        f'{origin}: a record must be a JSON object, not '
-        f'{type(record).__name__}; write {{"{self._field}": "…"}}, {_SKIP}'
-      )
+    mend = f'write {{"{self._field}": "…"}}'
+    if not self._is_object(origin, record, reading, mend):
       return None
     if self._field not in record:
       reading.refuse(
         f"{origin}: has no field '{self._field}'"
         f'{nearest(self._field, record)}; its fields are '
         f'{", ".join(record) or "none"}: name one with --config.data.field=…, '
-        f'{_SKIP}'
+        f'{SKIP}'
       )
       return None
     text = record[self._field]
@@ -284,20 +310,20 @@ class Records:
       if not isinstance(text, str):
         reading.refuse(
           f"{origin}: field '{self._field}' holds {_spoken(text)}, not text; "
-          f'name another with --config.data.field=…, {_SKIP}'
+          f'name another with --config.data.field=…, {SKIP}'
         )
         return None
       text.encode()
     except UnicodeError as error:
       reading.refuse(
         f"{origin}: field '{self._field}' is no valid text ({error}); mend "
-        f'the record, {_SKIP}'
+        f'the record, {SKIP}'
       )
       return None
     if text.startswith('\ufeff'):
       reading.bom.add(origin)
       text = text[1:]
-    text, count = _unix(text)
+    text, count = unix(text)
     if count:
       reading.crlf[origin] = count
     return text
@@ -312,7 +338,7 @@ def _spoken(value: Any) -> str:
 
 
 class RecordFile(_File):
-  """A JSON Lines, JSON or Parquet file."""
+  """A JSON Lines, JSON or Parquet file; '' for `field` reads every field."""
 
   def __init__(self, path: epath.Path, field: str):
     super().__init__(path)
@@ -326,6 +352,9 @@ class RecordFile(_File):
 
   def documents(self, reading: Reading) -> Iterator[Document]:
     return self._reader.documents(reading)
+
+  def records(self, reading: Reading) -> Iterator[tuple[str, Mapping]]:
+    return self._reader.records(reading)
 
   def _lines(self, reading: Reading) -> Iterator[tuple[str, Any]]:
     return self.read(lambda stream: self._take_lines(stream, reading))
@@ -349,7 +378,7 @@ class RecordFile(_File):
         message = (
           f'{origin}: not a JSON object ({what}'
           + (f' at column {at}' if at else '')
-          + f'); mend the line, {_SKIP}'
+          + f'); mend the line, {SKIP}'
         )
       else:
         yield origin, record
@@ -396,17 +425,18 @@ class RecordFile(_File):
       with self.path.open('rb') as stream:
         file = pyarrow.parquet.ParquetFile(stream)
         names = file.schema_arrow.names
-        if self._field not in names:
+        if self._field and self._field not in names:
           raise UserError(
             f"{self.path}: has no column '{self._field}'"
             f'{nearest(self._field, names)}; its columns are '
             f'{", ".join(names)}: name one with --config.data.field=…'
           )
         number = 0
-        for batch in file.iter_batches(1024, columns=[self._field]):
-          for value in batch.column(0).to_pylist():
+        columns = [self._field] if self._field else None
+        for batch in file.iter_batches(1024, columns=columns):
+          for record in batch.to_pylist():
             number += 1
-            yield f'{self.path}: row {number}', {self._field: value}
+            yield f'{self.path}: row {number}', record
     except (pyarrow.ArrowException, OSError) as error:
       raise UserError(
         f'{self.path}: not a whole Parquet file '

@@ -6,14 +6,17 @@ other source. `document` holds out the documents whose md5 is in the lowest
 share of its range: the same text is always on the same side, whatever the
 order or number of files. Where there are so few that all are on one side, the
 lowest is held out, or the highest trained on. `auto` is tail for text files,
-document for records.
+document for records. Of records that stay whole (prepare_records.py) the md5 is
+that of what the conversation opens with.
 """
 
 import fractions
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from tpu_lm.data.files import Document, Reading
 from tpu_lm.data.sources import Source
@@ -100,8 +103,7 @@ def _threshold(source: Source, rule: Rule, reading: Reading) -> bytes:
   """
   if rule.by == 'tail':
     return b''
-  share = fractions.Fraction(str(rule.share))
-  threshold = int(share * 2**128).to_bytes(16, 'big')
+  threshold = _share_of_md5(rule)
   found = set()
   for document in source.documents(Reading(tolerant=reading.tolerant)):
     if document.is_file and rule.by == 'auto':
@@ -111,11 +113,37 @@ def _threshold(source: Source, rule: Rule, reading: Reading) -> bytes:
       found.add(measured.md5)
       if min(found) < threshold <= max(found):
         return threshold
+  return _one_sided(found, threshold)
+
+
+def _share_of_md5(rule: Rule) -> bytes:
+  share = fractions.Fraction(str(rule.share))
+  return int(share * 2**128).to_bytes(16, 'big')
+
+
+def _one_sided(found: set[bytes], threshold: bytes) -> bytes:
+  """The threshold where all of `found` lie on one side of the one wanted."""
   if len(found) < 2:
     return b''  # of one document, none is held out
-  # All lie on one side: all but the lowest, or the highest alone, are trained
-  # on.
+  # All but the lowest, or the highest alone, are trained on.
   return sorted(found)[1] if min(found) >= threshold else max(found)
+
+
+def marks(keys: Sequence[bytes], rule: Rule | None) -> np.ndarray:
+  """Which records are held out: bool[records], in the order of `keys`.
+
+  Args:
+    keys: an md5 of each record, in the order in which they were read.
+    rule: how; None holds out nothing.
+  """
+  if rule is None:
+    return np.zeros(len(keys), bool)
+  if rule.by == 'tail':
+    return np.arange(len(keys)) >= math.floor(len(keys) * _trained(rule))
+  threshold, found = _share_of_md5(rule), set(keys)
+  if not found or not min(found) < threshold <= max(found):
+    threshold = _one_sided(found, threshold)
+  return np.array([key < threshold for key in keys], bool)
 
 
 def _trained(rule: Rule) -> fractions.Fraction:

@@ -20,6 +20,7 @@ from tpu_lm.errors import UserError
 
 _OPEN_SHARDS = 256  # each holds a file open
 _AHEAD = 2  # batches that wait
+_OF_TOKENS = {'tokens': np.int32, 'loss_mask': bool, 'segment_ids': np.int32}
 
 
 class Loader:
@@ -80,6 +81,16 @@ class Loader:
     self.num_rows = int(ends[-1]) if len(ends) else 0
     if not self.num_rows:
       raise UserError(f'{self.manifest.directory}: has no {split} rows')
+    names = sorted({name for s in self._shards for name in s.files})
+    ends = 'segment_ids'
+    self._prefixes = [n.removesuffix(ends) for n in names if n.endswith(ends)]
+    self._dtypes = {
+      prefix + name: dtype
+      for prefix in self._prefixes
+      for name, dtype in _OF_TOKENS.items()
+    }
+    self._of_records = [n for n in names if n not in self._dtypes]
+    self._dtypes |= dict.fromkeys(self._of_records, np.float32)
     self.num_batches = -(-self.num_rows // batch_size)
     self._order = _order(parts, seed) if shuffle else None
     self._open = functools.lru_cache(_OPEN_SHARDS)(self._array)
@@ -89,36 +100,44 @@ class Loader:
 
     Returns:
       tokens int32, loss_mask bool, segment_ids int32 and positions int32, all
-      [B, length + 1]. Padding has segment 0, position 0 and is masked.
+      [B, length + 1]. Padding has segment 0, position 0 and is masked. Rows of
+      pairs have those four twice, with `chosen_` and `rejected_` before the
+      names, and so on; what is of the records, not of their tokens, is
+      float32 [B, S], entry s - 1 for segment s.
 
     Raises:
       UserError: a token id that the model does not have.
     """
-    ids = self._rows(step)
-    shape = (len(ids), self.length + 1)
-    tokens = np.zeros(shape, np.int32)
-    segment_ids = np.zeros(shape, np.int32)
-    loss_mask = np.ones(shape, bool)
-    for at, row in enumerate(ids):
-      if row < 0:
-        continue
-      shard, local = self._place(row)
-      tokens[at] = self._open(shard, 'tokens')[local]
-      segment_ids[at] = self._open(shard, 'segment_ids')[local]
-      if 'loss_mask' in self._shards[shard].files:
-        loss_mask[at] = self._open(shard, 'loss_mask')[local]
-    self._check(tokens, ids)
-    return {
-      'tokens': tokens,
-      'loss_mask': loss_mask & (segment_ids != 0),
-      'segment_ids': segment_ids,
-      'positions': positions(segment_ids),
+    return self.rows_at(self.row_numbers(step))
+
+  def rows_at(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of `batch` for the rows of these numbers; -1 is padding."""
+    numbers = np.asarray(numbers, np.int64)
+    shards = np.searchsorted(self._starts, numbers, 'right') - 1
+    held = {
+      int(shard): np.flatnonzero(shards == shard)
+      for shard in np.unique(shards[numbers >= 0])
     }
+    found = {}
+    for column, dtype in self._dtypes.items():
+      shape = (len(numbers), self._width(column))
+      array = np.full(shape, column.endswith('loss_mask'), dtype)
+      for shard, at in held.items():
+        if column in self._shards[shard].files:
+          local = numbers[at] - self._starts[shard]
+          array[at] = self._open(shard, column)[local]
+      found[column] = array
+    for prefix in self._prefixes:
+      segment_ids = found[f'{prefix}segment_ids']
+      found[f'{prefix}loss_mask'] &= segment_ids != 0
+      found[f'{prefix}positions'] = positions(segment_ids)
+      self._check(found[f'{prefix}tokens'], numbers)
+    return found
 
   def rows(self, step: int) -> list[tuple[str, int]]:
     """The (shard, row) of each row of `batch(step)`; ('padding', 0)."""
     names = []
-    for row in self._rows(step):
+    for row in self.row_numbers(step).tolist():
       if row < 0:
         names.append(('padding', 0))
         continue
@@ -140,15 +159,15 @@ class Loader:
       last_step = self.num_batches - 1
     return _ahead(self.batch, first_step, last_step)
 
-  def _rows(self, step: int) -> list[int]:
-    """Numbers of the rows of batch `step`; -1 for padding."""
+  def row_numbers(self, step: int) -> np.ndarray:
+    """np.int64[B]: the rows of this process's `batch(step)`; -1 is padding."""
     if step < 0 or (self._order is None and step >= self.num_batches):
       raise IndexError(f'{step=} of {self.num_batches} batches')
     first = step * self.batch_size + self._first
-    numbers = range(first, first + self._count)
+    numbers = np.arange(first, first + self._count)
     if self._order is not None:
-      return [int(self._order[number]) for number in numbers]
-    return [n if n < self.num_rows else -1 for n in numbers]
+      return np.array([int(self._order[n]) for n in numbers.tolist()], np.int64)
+    return np.where(numbers < self.num_rows, numbers, -1)
 
   def _place(self, row: int) -> tuple[int, int]:
     """Which shard holds the row, and where."""
@@ -159,18 +178,23 @@ class Loader:
     described = self._shards[shard]
     path = self.manifest.directory / described.files[column]['file']
     array = np.load(path, mmap_mode='r')
-    if array.shape != (described.rows, self.length + 1):
+    wanted = (described.rows, self._width(column))
+    if array.shape != wanted:
       raise UserError(
-        f'{path}: has the shape {array.shape}, not '
-        f'{(described.rows, self.length + 1)}; run `tpu_lm prepare` again'
+        f'{path}: has the shape {array.shape}, not {wanted}; run `tpu_lm '
+        'prepare` again'
       )
     return array
 
-  def _check(self, tokens: np.ndarray, ids: list[int]) -> None:
+  def _width(self, column: str) -> int:
+    of_records = column in self._of_records
+    return self.manifest.slots if of_records else self.length + 1
+
+  def _check(self, tokens: np.ndarray, ids: np.ndarray) -> None:
     if tokens.max() < self.vocab_size:
       return
     at = int(np.argmax(tokens.max(axis=1) >= self.vocab_size))
-    shard, local = self._place(ids[at])
+    shard, local = self._place(int(ids[at]))
     path = self.manifest.directory / self._shards[shard].name
     raise UserError(
       f'{path}: row {local}: token id {tokens[at].max()} is not below the '

@@ -2,15 +2,18 @@
 
     manifest.json              written last: a folder without it is not finished
     tokenizer.json             with tokenizer_config.json
+    chat_template.jinja        where rows are of records
     train-00000.tokens.npy     uint16, or uint32 for large vocabularies
     train-00000.segment_ids.npy  uint16; 0 is padding, documents count from 1
     heldout-00000.…
 
 Every array is [rows, length + 1]. A split of a mixture has its part's number
 before its name. A column `loss_mask` (bool) is there only where the mask is not
-simply "not padding". The fingerprint covers what decides the batches (the
-rows, their order, tokenizer, length, packing, weights), not where they lie or
-what they were made from.
+simply "not padding". Rows of records have the columns of record_rows.py; those
+that are of the records, not of tokens, are [rows, slots]. The fingerprint
+covers what decides the batches (the rows, their order, tokenizer, length,
+packing, weights, kind of rows, chat template), not where they lie or what they
+were made from.
 """
 
 import dataclasses
@@ -67,6 +70,18 @@ class Manifest:
     return self.content['tokenizer']['vocab_size']
 
   @property
+  def rows(self) -> str:
+    """The kind of rows: text, chat, pairs, rated or scored."""
+    records = 'records' in self.content
+    return self.content['records']['rows'] if records else 'text'
+
+  @property
+  def slots(self) -> int:
+    """The most records in any row; 0 of text."""
+    records = 'records' in self.content
+    return self.content['records']['slots'] if records else 0
+
+  @property
   def tokenizer_digest(self) -> str:
     return self.content['tokenizer']['digest']
 
@@ -112,6 +127,9 @@ def fingerprint(content: dict[str, Any]) -> str:
     for part in content['parts']
   ]
   kept = [content[key] for key in ('format', 'length', 'packing')]
+  if 'records' in content:
+    about = content['records']
+    kept += [about[key] for key in ('rows', 'slots', 'template')]
   return digest([*kept, content['tokenizer']['digest'], parts])
 
 

@@ -11,6 +11,9 @@ language models Ding et al., arXiv 2404.10830), the longest first, each into
 the row with the least room that it fits into. `concat` lays documents end to
 end and cuts every `length` tokens: no padding but in the last row, though
 documents cross rows.
+
+Records that must stay whole (conversations, pairs) are never chunked: they are
+laid by `best_fit`, or one a row by `none`.
 """
 
 from typing import NamedTuple
@@ -20,7 +23,8 @@ import numpy as np
 from tpu_lm.errors import UserError, nearest
 
 KINDS = ('best_fit', 'concat')
-_BLOCK = 1 << 20  # tokens that are laid at once
+WHOLE_KINDS = ('best_fit', 'none')
+BLOCK = 1 << 20  # tokens that are laid at once
 
 
 class Plan(NamedTuple):
@@ -43,11 +47,33 @@ class Plan(NamedTuple):
   num_split: int
 
 
-def check(kind: str) -> None:
-  if kind not in KINDS:
+class Whole(NamedTuple):
+  """Where each record goes; all arrays have one entry a record.
+
+  Attributes:
+    order: np.int64, the records by row and column.
+    row: np.int64, sorted.
+    column: np.int64, its first slot in the row.
+    number: np.int64, which record of its row it is, from 1.
+    num_rows: rows in all.
+  """
+
+  order: np.ndarray
+  row: np.ndarray
+  column: np.ndarray
+  number: np.ndarray
+  num_rows: int
+
+
+def check(kind: str, rows: str = 'text') -> None:
+  """Refuses a `data.packing` that rows of this kind do not have."""
+  kinds = KINDS if rows == 'text' else WHOLE_KINDS
+  if kind not in kinds:
+    other = kind in KINDS or kind in WHOLE_KINDS
+    what = f'not for rows of {rows}' if other else 'unknown'
     raise UserError(
-      f'data.packing={kind}: unknown{nearest(kind, KINDS)}; there are '
-      f'{", ".join(KINDS)}'
+      f'data.packing={kind}: {what}{nearest(kind, kinds)}; there are '
+      f'{", ".join(kinds)}'
     )
 
 
@@ -73,6 +99,27 @@ def plan(starts: np.ndarray, sizes: np.ndarray, length: int, kind: str) -> Plan:
   )
 
 
+def whole(sizes: np.ndarray, capacity: int, kind: str) -> Whole:
+  """Lays records into rows, in the order given; deterministic.
+
+  Args:
+    sizes: np.int64[records], from 2 to `capacity` slots.
+    capacity: slots of a row.
+    kind: 'best_fit' or 'none'.
+  """
+  count = len(sizes)
+  if kind == 'none':
+    index = np.arange(count)
+    zeros = np.zeros(count, np.int64)
+    return Whole(index, index, zeros, zeros + 1, count)
+  assert not count or 2 <= sizes.min() <= sizes.max() <= capacity
+  order = np.argsort(-sizes, kind='stable')
+  row, column, num_rows = _best_fit(sizes[order], capacity)
+  by_row = np.lexsort((column, row))
+  row = row[by_row]
+  return Whole(order[by_row], row, column[by_row], _numbers(row), num_rows)
+
+
 def _pieces(
   starts: np.ndarray, sizes: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
@@ -87,6 +134,18 @@ def _counting(counts: np.ndarray) -> np.ndarray:
   """[0 .. counts[0]-1, 0 .. counts[1]-1, …]."""
   total = int(counts.sum())
   return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def spread(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+  """The indices of all ranges [start, start + size), end to end."""
+  return np.repeat(starts, sizes) + _counting(sizes)
+
+
+def _numbers(row: np.ndarray) -> np.ndarray:
+  """Counts the pieces of each row from 1; `row` must be sorted."""
+  new_row = np.append(True, row[1:] != row[:-1])[: len(row)]
+  index = np.arange(len(row))
+  return index - np.maximum.accumulate(np.where(new_row, index, 0)) + 1
 
 
 def _best_fit(
@@ -170,7 +229,7 @@ def rows(
   tokens = np.full(shape, pad, stream.dtype)
   segments = np.zeros(shape, np.uint16)
   # In blocks, as the index of a token takes four times its own memory.
-  step = max(1, _BLOCK // (length + 1))
+  step = max(1, BLOCK // (length + 1))
   for start in range(first, last, step):
     block = slice(start - first, min(start + step, last) - first)
     _lay(stream, packed, start, tokens[block], segments[block])
@@ -189,11 +248,6 @@ def _lay(
   begin, end = np.searchsorted(packed.row, [first, first + num_rows])
   size = packed.size[begin:end]
   row = packed.row[begin:end] - first
-  new_row = np.append(True, row[1:] != row[:-1])
-  index = np.arange(len(row))
-  number = index - np.maximum.accumulate(np.where(new_row, index, 0)) + 1
-  within = _counting(size)
-  to = np.repeat(row * slots + packed.column[begin:end], size) + within
-  taken = np.repeat(packed.start[begin:end], size) + within
-  tokens.reshape(-1)[to] = stream[taken]
-  segments.reshape(-1)[to] = np.repeat(number, size)
+  to = spread(row * slots + packed.column[begin:end], size)
+  tokens.reshape(-1)[to] = stream[spread(packed.start[begin:end], size)]
+  segments.reshape(-1)[to] = np.repeat(_numbers(row), size)

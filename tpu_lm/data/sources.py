@@ -1,14 +1,14 @@
 """Where text comes from: files, folders and datasets known by name.
 
-`open` turns the user's `data.source` into a `Source`, which yields documents
-one at a time, each with the place it came from, so that a mistake is reported
-with file and line.
+`open` turns the user's `data.source` into a `Source`, which yields documents or
+whole records one at a time, each with the place it came from, so that a
+mistake is reported with file and line.
 """
 
 import glob
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -44,6 +44,11 @@ class Source:
     for member in self._members:
       yield from member.documents(reading)
 
+  def records(self, reading: Reading) -> Iterator[tuple[str, Mapping]]:
+    """(origin, fields) of each record; text files are refused."""
+    for member in self._members:
+      yield from member.records(reading)
+
   def stats(self) -> list[dict[str, Any]]:
     """What tells quickly that nothing has changed; reads no content."""
     return [member.stat() for member in self._members]
@@ -76,7 +81,8 @@ def open(source: str, field: str) -> Source:
     source: a path (local, gs://, …) of a file, folder or glob; or
       tfds:NAME[/CONFIG][:VERSION][@SPLIT], hf:NAME[/CONFIG][@SPLIT],
       seqio:NAME[@SPLIT].
-    field: of records, the field that holds the text.
+    field: of records, the field that holds the text; '' where they are read
+      whole.
 
   Raises:
     UserError: there is no such thing, or it is empty.

@@ -5,7 +5,8 @@ A question is about a key: a person or town with one of its relations
 (`plus/3/4`, also when it is asked as 4 + 3). Keys are split once per seed, one
 in five held out, and all three kinds of record keep to that split: what is
 asked in a held-out record is asked in no training record of any kind, in
-no wording. The documents of `world` tell the facts of both.
+no wording. The documents of `world` tell the facts of both, and ask and answer
+training questions in running text (`quiz`).
 
   conversations  {'id', 'messages': [{'role', 'content'}, …]}
                  One to three turns, a third of them with a system prompt. An
@@ -183,8 +184,7 @@ def _of_numbers() -> Iterator[Question]:
 
 
 @functools.cache
-def _all_questions(seed: int) -> tuple[Question, ...]:
-  world = World.make(seed)
+def _all_questions(world: World) -> tuple[Question, ...]:
   return (
     *(q for p in world.people for q in _of_person(p, world)),
     *(q for t in world.towns for q in _of_town(t, world)),
@@ -193,19 +193,31 @@ def _all_questions(seed: int) -> tuple[Question, ...]:
 
 
 @functools.cache
-def _heldout_keys(seed: int) -> frozenset[str]:
+def _heldout_keys(world: World) -> frozenset[str]:
   """Returns the keys held out: a fifth of each kind and level, at least 1."""
   groups: dict[tuple[str, int], set[str]] = {}
-  for q in _all_questions(seed):
+  for q in _all_questions(world):
     group = (q.key.split('/')[0 if q.kind in world_sums.SIGNS else 1], q.level)
     groups.setdefault(group, set()).add(q.key)
   held: set[str] = set()
   for keys in groups.values():
     order = sorted(
-      keys, key=lambda k: hashlib.md5(f'{seed}/{k}'.encode()).digest()
+      keys, key=lambda k: hashlib.md5(f'{world.seed}/{k}'.encode()).digest()
     )
     held.update(order[: max(1, round(len(order) / HELDOUT_SHARE))])
   return frozenset(held)
+
+
+def questions_of(
+  world: World, split: str, levels: tuple[int, ...]
+) -> tuple[Question, ...]:
+  """Returns the questions about a world, of a split and some levels."""
+  held = _heldout_keys(world)
+  return tuple(
+    q
+    for q in _all_questions(world)
+    if q.level in levels and (q.key in held) == (split == 'heldout')
+  )
 
 
 @functools.cache
@@ -214,12 +226,7 @@ def questions(
 ) -> tuple[Question, ...]:
   """Returns all questions of a split, in every wording."""
   world_facts.check_split(split)
-  held = _heldout_keys(seed)
-  found = tuple(
-    q
-    for q in _all_questions(seed)
-    if q.level in levels and (q.key in held) == (split == 'heldout')
-  )
+  found = questions_of(World.make(seed), split, levels)
   if not found:
     raise ValueError(f'levels is {levels}; they must be among {LEVELS}')
   return found
@@ -227,7 +234,7 @@ def questions(
 
 @functools.cache
 def _question_of_text(seed: int) -> dict[str, Question]:
-  return {q.text: q for q in _all_questions(seed)}
+  return {q.text: q for q in _all_questions(World.make(seed))}
 
 
 def question_of(messages: list[dict[str, str]], seed: int = 0) -> Question:

@@ -6,7 +6,7 @@ Each kind of document is a method of `Tale` that makes its choices through a
 
 import functools
 
-from tpu_lm.data import world_forms, world_sums
+from tpu_lm.data import world_forms, world_sums, world_tasks
 from tpu_lm.data.world_facts import Person, Town, World
 from tpu_lm.data.world_grammar import Choice, Teller, Template, more
 
@@ -20,7 +20,8 @@ KINDS = {  # weight of each kind of document
   'letter': 8,
   'news': 27,
   'ledger': 20,
-  'questions': 15,
+  'questions': 8,
+  'quiz': 12,
   'arithmetic': 4,
 }
 PORTRAIT_ENDS = Choice([False, True])
@@ -30,6 +31,7 @@ ANY_FACT = Choice(list(world_forms.PERSON_FACTS.values()))
 WITH_HEAD = Choice([True, False], [2, 3])
 LIST_MARKS = Choice(['', '{}. ', '- '], [3, 2, 1])
 QUESTION_OR_SUM = Choice([True, False], [5, 1])
+FACT_OR_SUM = Choice([True, False], [2, 1])
 EQUATIONS, SPOKEN, *_questions = (
   Choice([told(*x) for x in world_sums.OPERATIONS], world_sums.WEIGHTS)
   for told in (
@@ -123,6 +125,17 @@ class Tale:
     }
     self._kind = Choice(
       [getattr(self, kind) for kind in KINDS], list(KINDS.values())
+    )
+    asked = world_tasks.questions_of(world, 'train', (1,))
+    self._quiz_facts, self._quiz_sums = (
+      Choice(
+        [
+          f'{q.text} {q.reply}'
+          for q in asked
+          if (q.kind in world_sums.SIGNS) == is_sum
+        ]
+      )
+      for is_sum in (False, True)
     )
     self._arithmetic = Choice(
       [self._equations, self._spoken, self._countings], [3, 3, 2]
@@ -314,6 +327,18 @@ class Tale:
         self.say(teller, world_forms.QUESTIONS, {})
       else:
         teller.tell(SUM_QUESTIONS)
+      told += 1
+
+  def quiz(self, teller: Teller) -> None:
+    """Questions that conversations may ask, each with its answer."""
+    told = 0
+    while more(teller, told, 4, 8):
+      if told:
+        teller.write('\n')
+      if teller.choose(FACT_OR_SUM):
+        teller.tell(self._quiz_facts)
+      else:
+        teller.tell(self._quiz_sums)
       told += 1
 
   def arithmetic(self, teller: Teller) -> None:

@@ -166,7 +166,7 @@ def score(
   """The figures of a working directory on its held-out split, or on `source`.
 
   Args:
-    loaded: what `run.load` returns.
+    loaded: what `start.load` returns.
     workdir: of the model.
     source: as `data.source`; all of it is scored.
 

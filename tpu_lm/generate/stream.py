@@ -90,35 +90,40 @@ def stream(
   model: Transformer,
   params: Any,
   tokenizer: Tokenizer,
-  prompt: str,
+  prompt: str | Sequence[int],
   *,
   max_new_tokens: int | None = None,
   sampler: Sampler = Sampler(),  # noqa: B008
   seed: int = 0,
   stop: Sequence[str] = (),
+  stop_ids: Sequence[int] = (),
   warn: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
   """Returns an iterator over the pieces of the text that follows `prompt`.
 
-  The prompt begins a document. Generation ends with the document, before the
-  first stop string, or with max_new_tokens.
+  A prompt that is text begins a document. Generation ends with the document,
+  with a token of `stop_ids`, before the first stop string, or with
+  max_new_tokens.
 
   Args:
     model: the network; `config.max_length` is the trained length.
     params: its parameters.
     tokenizer: of the model.
-    prompt: may be empty.
+    prompt: text, which may be empty, or the ids of a chat template's prompt.
     max_new_tokens: by default what is left of the trained length.
     sampler: how tokens are drawn.
     seed: the same seed gives the same text.
     stop: strings that end the text and are not part of it.
+    stop_ids: tokens that end it, besides the one that ends documents.
     warn: is told if the text may pass the trained length; by default it is
       printed on standard error.
 
   Raises:
     UserError: at once, if the prompt or another value cannot be used.
   """
-  ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+  ids = prompt
+  if isinstance(prompt, str):
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
   max_new_tokens = _check_length(
     model.config.max_length, len(ids), max_new_tokens, warn or _warn
   )
@@ -132,6 +137,7 @@ def stream(
     sampler,
     seed,
     StopStrings(stop),
+    (tokenizer.eot_id, *stop_ids),
   )
 
 
@@ -139,15 +145,16 @@ def _stream(
   model: Transformer,
   params: Any,
   tokenizer: Tokenizer,
-  ids: list[int],
+  ids: Sequence[int],
   max_new_tokens: int,
   sampler: Sampler,
   seed: int,
   stops: StopStrings,
+  stop_ids: Sequence[int],
 ) -> Iterator[str]:
   text, num_read = Detokenizer(tokenizer), 0
   state = engine.start(
-    model, params, [ids], max_new_tokens, sampler, [tokenizer.eot_id], seed
+    model, params, [ids], max_new_tokens, sampler, stop_ids, seed
   )
   while True:
     tokens, _, finished = engine.completions(state, 1)[0]

@@ -7,7 +7,7 @@ program's size does not grow with depth.
 
 Parameters (axis letters of DESIGN: N layers, D model, H heads, G key-value
 heads, K head size, F hidden, V vocabulary):
-  embedding [V, D]   head [V, D] (unless tied)   final_norm [D]
+  embedding [V, D]   head [V, D] (unless tied)   final_norm, scalar_head [D]
   layers/attention/{norm [N,D], q [N,D,H,K], k, v [N,D,G,K], o [N,H,K,D]}
   layers/attention/{q_norm, k_norm [N,K], q_bias [N,H,K], k_bias, v_bias}
   layers/mlp/{norm [N,D], gate, up [N,D,F], down [N,F,D]}
@@ -75,6 +75,7 @@ class Config:
   rope_beta_fast: float = 32.0
   rope_beta_slow: float = 1.0
   rope_attention_factor: float = 0.0
+  scalar_head: bool = False  # reward models: hidden states to a number
   init_std: float = 0.02
   zero_init_output: bool = True  # what blocks add starts at zero
   dtype: str = 'float32'  # of the matmuls; parameters are float32
@@ -171,6 +172,16 @@ def rms_norm(
   return (y * (1.0 + scale if plus_one else scale)).astype(x.dtype)
 
 
+def held(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]):
+  """A weight of `module`: new, or as the given parameters hold it."""
+  # linen's own check of shapes knows plain arrays only.
+  if module.has_variable('params', name):
+    found = module.get_variable('params', name)
+    if isinstance(found, weights.HELD):
+      return found
+  return module.param(name, init, shape)
+
+
 class Block(nn.Module):
   """What attention and feed-forward share: norms, initialisers, dtype."""
 
@@ -187,7 +198,7 @@ class Block(nn.Module):
       init = nn.initializers.zeros
     else:
       init = nn.initializers.normal(config.init_std)
-    return self.param(name, init, shape)
+    return held(self, name, init, shape)
 
   def normed(self, name: str, x: jax.Array) -> jax.Array:
     config = self.config
@@ -341,13 +352,15 @@ class Transformer(nn.Module):
     config = self.config
     dtype = jnp.dtype(config.dtype)
     init = nn.initializers.normal(config.init_std)
-    table = self.param('embedding', init, (config.vocab_size, config.dim))
+    table = held(self, 'embedding', init, (config.vocab_size, config.dim))
     if not config.tied:
-      self.param('head', init, (config.vocab_size, config.dim))
+      held(self, 'head', init, (config.vocab_size, config.dim))
+    if config.scalar_head:  # read by preference.py; from 0, it prefers none
+      self.param('scalar_head', nn.initializers.zeros, (config.dim,))
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
       positions_BL = jnp.broadcast_to(positions_BL, tokens_BL.shape)
-    x_BLD = sharding.replicate_columns(table)[tokens_BL].astype(dtype)
+    x_BLD = weights.rows(table, tokens_BL).astype(dtype)
     if config.scale_embedding:
       x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
     x_BLD = sharding.constrain_activations(x_BLD)
@@ -358,13 +371,17 @@ class Transformer(nn.Module):
     layer = Layer
     if config.remat != 'none':
       layer = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
+    unroll = config.layers_a_step
+    # XLA:CPU would make the weights of all the layers of a step at once.
+    if not config.unroll and weights.is_held(self.variables.get('params', {})):
+      unroll = 1
     stack = nn.scan(
       layer,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=config.num_layers,
-      unroll=config.layers_a_step,
+      unroll=unroll,
     )
     x_BLD, cache = stack(config, name='layers')(
       x_BLD, (cache, windows_N), positions_BL, segment_ids_BL, angles
@@ -381,7 +398,8 @@ class Transformer(nn.Module):
 
 def head(params) -> jax.Array:
   """The output head [V, D]: the embedding table where they are tied."""
-  return params['head'] if 'head' in params else params['embedding']
+  table = params['head'] if 'head' in params else params['embedding']
+  return weights.dense(table)
 
 
 def logits(config: Config, params, hidden: jax.Array) -> jax.Array:

@@ -9,33 +9,20 @@ With `z_loss` the log-partition is pulled towards 0 (PaLM, arXiv 2204.02311,
 section 5): z_loss * logsumexp(logits)^2 is added for each target.
 """
 
-import jax.numpy as jnp
-
 from tpu_lm import cross_entropy
 from tpu_lm.models import transformer
-from tpu_lm.stage import Mean, Stage
+from tpu_lm.stage import Mean, Stage, hidden_states, target_weights
+
+ROWS = ('text',)
 
 
-def target_weights(batch):
-  """Float32 [B, L]: 1 where the next token is a target, else 0."""
-  segments = batch['segment_ids']
-  same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-  return (same & batch['loss_mask'][:, 1:]).astype(jnp.float32)
-
-
-def make(model, params, *, z_loss: float = 0.0) -> Stage:
-  del params  # nothing is compared with where it started
+def make(model, start, *, z_loss: float = 0.0) -> Stage:
+  del start  # nothing is compared with where it started
 
   def loss(params, batch, key):
     del key  # no dropout
-    hidden_BLD = model.apply(
-      {'params': params},
-      batch['tokens'][:, :-1],
-      batch['positions'][:, :-1],
-      batch['segment_ids'][:, :-1],
-    )
     total, weight = cross_entropy.mean(
-      hidden_BLD,
+      hidden_states(model, params, batch),
       transformer.head(params),
       batch['tokens'][:, 1:],
       target_weights(batch),

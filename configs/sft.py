@@ -1,0 +1,40 @@
+"""Supervised fine-tuning on conversations.
+
+  tpu_lm train --config=configs/sft.py:tiny --config.init_from=runs/base \
+    --config.data.source=PATH --workdir=runs/sft
+
+Records are {"messages"}, {"prompt", "completion"}, {"instruction", "input",
+"output"} or ShareGPT's {"conversations"}. The assistant's tokens are trained,
+stop token included. `tpu_lm check --config=…` shows them.
+
+MEASURED_SFT
+"""
+
+from tpu_lm import config as configs
+
+
+def get_config(variant: str = ''):
+  configs.check_variant(variant, ('tiny',))
+  config = configs.base()
+  config.stage_name = 'sft'
+  config.optimizer.schedule = 'cosine'
+  config.data.max_bad_share = 0.02
+  if variant == 'tiny':
+    config.steps = 200
+    config.batch_size = 8
+    config.eval_every = 50
+    config.data.length = 256
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup = 20
+    return config
+  config.steps = 2000
+  config.batch_size = 64
+  config.data.length = 2048
+  config.data.heldout_share = 0.02
+  config.model.dtype = 'bfloat16'
+  config.model.remat = 'dots'
+  config.optimizer.learning_rate = 2e-5
+  config.optimizer.weight_decay = 0.0
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  return config

@@ -1,0 +1,138 @@
+"""Columns of a batch that are computed once and kept.
+
+What a stage names in `kept` (log-probabilities of the reference, logits of a
+teacher) depends on the row alone. It is computed for every row that a run will
+visit, before its first step, and stored beside the run:
+
+  kept/SPLIT-FINGERPRINT/{meta.json, done.npy, COLUMN.npy}
+
+Arrays have one entry a row of the split; `done` says which are filled, so that
+a run that was killed, or is made longer, computes only what is missing. So the
+reference needs no memory and no time in the steps, and a resumed run sees the
+very same numbers.
+"""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpu_lm import weights, workdir
+from tpu_lm.errors import UserError
+
+
+class Kept:
+  """The kept columns of one split; none where `folder` is None."""
+
+  def __init__(self, folder: pathlib.Path | None = None):
+    self._arrays = {}
+    if folder is not None:
+      names = json.loads((folder / 'meta.json').read_text())['columns']
+      self._arrays = {
+        name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in names
+      }
+
+  def columns(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """The columns of these rows; a row -1 (padding) is zeros."""
+    found = {}
+    for name, array in self._arrays.items():
+      rows = np.array(array[np.maximum(numbers, 0)])
+      rows[numbers < 0] = 0
+      found[name] = rows
+    return found
+
+
+def visited(
+  run: Any, loader: Any, split: str, report: Callable[[str], None]
+) -> Kept:
+  """The kept columns of the rows of `loader` that `run` will see.
+
+  Args:
+    run: whose stage computes them.
+    loader: of the split.
+    split: 'train' or 'heldout'.
+    report: is told how long it took.
+  """
+  if not run.stage.kept:
+    return Kept()
+  if jax.process_count() > 1:
+    raise UserError(
+      f'stage_name={run.config.stage_name}: several processes cannot keep '
+      'columns yet; set --config.stage.on_the_fly=true'
+    )
+  folder = run.workdir / 'kept' / f'{split}-{loader.manifest.fingerprint[:12]}'
+  about = {'columns': list(run.stage.kept), 'base': run.base}
+  _open(folder, about, loader.num_rows)
+  done = np.lib.format.open_memmap(folder / 'done.npy', 'r+')
+  missing = _numbers(run, loader, split)
+  missing = missing[~done[missing]]
+  if len(missing):
+    start = time.perf_counter()
+    with run.phases('keep'):
+      _compute(run, loader, folder, done, missing)
+    report(
+      f'kept {", ".join(run.stage.kept)} of {len(missing):,} {split} rows, '
+      f'{time.perf_counter() - start:.1f} s'
+    )
+  return Kept(folder)
+
+
+def _numbers(run: Any, loader: Any, split: str) -> np.ndarray:
+  """The rows that are visited, sorted; all, where that is quick to say."""
+  config = run.config
+  everything = np.arange(loader.num_rows)
+  if split != 'train':
+    wanted = config.eval_rows or loader.num_rows
+    return everything[: -(-wanted // loader.batch_size) * loader.batch_size]
+  if config.steps * config.batch_size >= 2 * loader.num_rows:
+    return everything
+  steps = range(config.steps)
+  return np.unique(np.concatenate([loader.row_numbers(s) for s in steps]))
+
+
+def _open(folder: pathlib.Path, about: dict, num_rows: int) -> None:
+  """Makes the folder, or refuses one that was computed with another base."""
+  path = folder / 'meta.json'
+  if not path.is_file():
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / 'done.npy', np.zeros(num_rows, bool))
+    workdir.write_json(path, about)
+  elif json.loads(path.read_text()) != json.loads(json.dumps(about)):
+    raise UserError(
+      f'{folder}: was computed with another base or by another version; '
+      'remove the folder to compute it again'
+    )
+
+
+def _compute(run, loader, folder, done, missing) -> None:
+  # A stage of its own, so that a reference is freed when all is computed.
+  stage = run.make_stage()
+  params = weights.combine(run.state.params, run.frozen)
+  size = loader.batch_size
+  arrays = {}
+  for first in range(0, len(missing), size):
+    numbers = np.full(size, -1)
+    chunk = missing[first : first + size]
+    numbers[: len(chunk)] = chunk
+    batch = run.put(loader.rows_at(numbers))
+    (part,) = stage.prepare(params, batch, run.root)
+    for name in stage.kept:
+      rows = np.asarray(part[name])[: len(chunk)]
+      if name not in arrays:
+        arrays[name] = _array(folder / f'{name}.npy', len(done), rows)
+      arrays[name][chunk] = rows
+  for array in arrays.values():
+    array.flush()
+  done[missing] = True
+  done.flush()
+
+
+def _array(path: pathlib.Path, num_rows: int, like: np.ndarray) -> np.ndarray:
+  if path.is_file():
+    return np.lib.format.open_memmap(path, 'r+')
+  shape = (num_rows, *like.shape[1:])
+  return np.lib.format.open_memmap(path, 'w+', like.dtype, shape)
