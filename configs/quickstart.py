@@ -73,8 +73,9 @@ def get_config(variant: str = ''):
   if variant in ('sft', 'lora', 'qlora'):
     _fine_tune(config, 'chat')
     config.stage_name = 'sft'
-    config.steps = 200
-    config.optimizer.learning_rate = 2e-3
+    config.steps = 300
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b2 = 0.99
   if variant in ('lora', 'qlora'):
     config.transforms = 'lora(rank=2, alpha=4)'
     config.optimizer.learning_rate = 2e-2

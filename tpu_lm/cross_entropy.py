@@ -105,19 +105,20 @@ def token_logps(
     targets_BL = jnp.where(mask_BL, targets_BL, 0)
   head_VD = sharding.replicate_columns(head_VD).astype(hidden_BLD.dtype)
 
-  @jax.checkpoint
   def logps(hidden_STD, head_VD, targets_ST):
     logits_STV = _logits(hidden_STD, head_VD, soft_cap) / temperature
     lse_ST, picked_ST, _ = _reduced(logits_STV, targets_ST)
     return picked_ST - lse_ST
 
+  split = functools.partial(_split, shards=shards, length=length)
+  xs = (split(hidden_BLD), split(targets_BL))
+  if len(xs[0]) > 1:  # a single chunk may as well be kept
+    logps = jax.checkpoint(logps)
+
   def step(_, xs):
     return None, logps(xs[0], head_VD, xs[1])
 
-  split = functools.partial(_split, shards=shards, length=length)
-  _, logps_NST = jax.lax.scan(
-    step, None, (split(hidden_BLD), split(targets_BL))
-  )
+  _, logps_NST = jax.lax.scan(step, None, xs)
   logps_BL = _join(logps_NST, targets_BL.shape, shards, length)
   return logps_BL if mask_BL is None else jnp.where(mask_BL, logps_BL, 0.0)
 

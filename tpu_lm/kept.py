@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_lm import weights, workdir
+from tpu_lm import start, weights, workdir
 from tpu_lm.errors import UserError
 
 
@@ -65,20 +65,34 @@ def visited(
       'columns yet; set --config.stage.on_the_fly=true'
     )
   folder = run.workdir / 'kept' / f'{split}-{loader.manifest.fingerprint[:12]}'
-  about = {'columns': list(run.stage.kept), 'base': run.base}
-  _open(folder, about, loader.num_rows)
+  _open(folder, _about(run), loader.num_rows)
   done = np.lib.format.open_memmap(folder / 'done.npy', 'r+')
   missing = _numbers(run, loader, split)
   missing = missing[~done[missing]]
   if len(missing):
-    start = time.perf_counter()
+    began = time.perf_counter()
     with run.phases('keep'):
       _compute(run, loader, folder, done, missing)
     report(
       f'kept {", ".join(run.stage.kept)} of {len(missing):,} {split} rows, '
-      f'{time.perf_counter() - start:.1f} s'
+      f'{time.perf_counter() - began:.1f} s'
     )
   return Kept(folder)
+
+
+def _about(run: Any) -> dict[str, Any]:
+  """All that decides the columns, besides the rows."""
+  config = run.config
+  about = {
+    'columns': list(run.stage.kept),
+    'base': run.base,
+    'seed': config.seed,
+    'stage': [config.stage_name, config.stage.to_dict()],
+    'transforms': config.transforms,
+  }
+  if config.stage.get('teacher'):
+    about['teacher'] = start.newest_fingerprint(config.stage.teacher)
+  return about
 
 
 def _numbers(run: Any, loader: Any, split: str) -> np.ndarray:
@@ -103,8 +117,8 @@ def _open(folder: pathlib.Path, about: dict, num_rows: int) -> None:
     workdir.write_json(path, about)
   elif json.loads(path.read_text()) != json.loads(json.dumps(about)):
     raise UserError(
-      f'{folder}: was computed with another base or by another version; '
-      'remove the folder to compute it again'
+      f'{folder}: was computed with another base, teacher or stage; remove the '
+      'folder to compute it again'
     )
 
 

@@ -138,7 +138,8 @@ def pretrain(life: Life) -> Outcome:
   figures = {
     'bits_per_byte': found,
     'true_bits_per_byte': true,
-    'accuracy': known,
+    'accuracy': known.facts,
+    'sums_accuracy': known.sums,
     'seconds': last['seconds'],
     'tokens_per_second': speed,
     'tokens': step['tokens'],
@@ -149,7 +150,8 @@ def pretrain(life: Life) -> Outcome:
       ('held-out bits per byte', f'{found:.4f}'),
       ('true entropy of that text', f'{true:.4f}'),
       ('above the floor by', f'{found / true - 1:.1%}'),
-      ('held-out facts it can complete', f'{known:.1%}'),
+      ('held-out questions right, bare', f'{known.facts:.1%}'),
+      ('held-out sums right, bare', f'{known.sums:.1%}'),
       ('tokens read', f'{step["tokens"]:,}'),
       ('tokens a second (median)', f'{speed:,.0f}'),
       ('time', duration(last['seconds'])),
@@ -165,13 +167,15 @@ def sft(life: Life) -> Outcome:
   return Outcome(
     {
       'well_formed': asked.well_formed,
-      'accuracy': asked.accuracy,
+      'accuracy': asked.right.facts,
+      'sums_accuracy': asked.right.sums,
       'reward': float(asked.rewards.mean()),
       'seconds': last['seconds'],
     },
     [
       ('answers of the asked form', f'{asked.well_formed:.1%}'),
-      ('held-out questions right', f'{asked.accuracy:.1%}'),
+      ('held-out questions right', f'{asked.right.facts:.1%}'),
+      ('held-out sums right', f'{asked.right.sums:.1%}'),
       ('time', duration(last['seconds'])),
     ],
   )
@@ -208,7 +212,7 @@ def dpo(life: Life) -> Outcome:
       'tie_rate': ties,
       'kl': kl,
       'reward': float(after.mean()),
-      'accuracy': life.asked('dpo').accuracy,
+      'accuracy': life.asked('dpo').right.facts,
       'seconds': last['seconds'],
     },
     [
@@ -227,12 +231,13 @@ def _adapted(life: Life, name: str) -> Outcome:
   trainable, frozen = weights.partition(loaded.params, loaded.config.trainable)
   whole = weights.count(life.loaded('pretrain').params)
   share = weights.count(trainable) / whole
-  relative = life.asked(name).accuracy / life.asked('sft').accuracy
+  relative = life.asked(name).right.facts / life.asked('sft').right.facts
   return Outcome(
     {
       'relative_score': relative,
       'trained_share': share,
-      'accuracy': life.asked(name).accuracy,
+      'accuracy': life.asked(name).right.facts,
+      'sums_accuracy': life.asked(name).right.sums,
       'well_formed': life.asked(name).well_formed,
       'base_bytes_per_parameter': weights.num_bytes(frozen) / whole,
       'seconds': last['seconds'],

@@ -74,6 +74,9 @@ class Run:
     self._check_workdir()
     rows = prepared(config, workdir, phases, report)
     self.tokenizer = tokenizer.load(rows)
+    if config.stage.get('teacher'):
+      digest = self.tokenizer.digest
+      start.check_tokenizer('stage.teacher', config.stage.teacher, digest)
     self.model = models.make(
       config.model_name,
       config.model,

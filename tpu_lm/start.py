@@ -96,12 +96,8 @@ def begin(
   if not config.init_from:
     make = functools.partial(_fresh, model, config)
     return Start(jax.jit(make, out_shardings=places)(), None)
+  check_tokenizer('init_from', config.init_from, digest)
   other = load(config.init_from, mesh, step=base and base['step'])
-  if other.tokenizer.digest != digest:
-    raise UserError(
-      f'init_from={config.init_from}: has another tokenizer; set --config.'
-      f'data.tokenizer={config.init_from}/tokenizer/tokenizer.json'
-    )
   found = {
     'directory': str(config.init_from),
     'step': other.step,
@@ -161,6 +157,23 @@ def fingerprint(workdir: str | pathlib.Path, step: int) -> str:
   base = (content['caller'].get('base') or {}).get('fingerprint')
   text = json.dumps([arrays, base], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def newest_fingerprint(workdir: str | pathlib.Path) -> str:
+  """The fingerprint of the newest step; '' where nothing is saved."""
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  steps = checkpoint.Checkpoints(folder, read_only=True).steps()
+  return fingerprint(workdir, steps[-1]) if steps else ''
+
+
+def check_tokenizer(key: str, workdir: str, digest: str) -> None:
+  """Refuses a working directory that has another tokenizer."""
+  theirs = tokenizer.load(pathlib.Path(workdir) / 'tokenizer')
+  if theirs.digest != digest:
+    raise UserError(
+      f'{key}={workdir}: has another tokenizer; set --config.data.tokenizer='
+      f'{workdir}/tokenizer/tokenizer.json'
+    )
 
 
 def load(

@@ -18,11 +18,11 @@ KINDS = {  # weight of each kind of document
   'town': 5,
   'story': 9,
   'letter': 8,
-  'news': 27,
+  'news': 24,
   'ledger': 20,
-  'questions': 8,
-  'quiz': 12,
-  'arithmetic': 4,
+  'questions': 6,
+  'quiz': 14,
+  'arithmetic': 12,
 }
 PORTRAIT_ENDS = Choice([False, True])
 FACT_OR_HABIT = Choice([True, False])
@@ -32,6 +32,11 @@ WITH_HEAD = Choice([True, False], [2, 3])
 LIST_MARKS = Choice(['', '{}. ', '- '], [3, 2, 1])
 QUESTION_OR_SUM = Choice([True, False], [5, 1])
 FACT_OR_SUM = Choice([True, False], [2, 1])
+# Before a question and before its answer; None: the names of two people.
+QUIZ_MARKS = Choice(
+  [('', ' '), ('Q: ', '\nA: '), ('Question: ', '\nAnswer: '), None],
+  [1, 1, 1, 3],
+)
 EQUATIONS, SPOKEN, *_questions = (
   Choice([told(*x) for x in world_sums.OPERATIONS], world_sums.WEIGHTS)
   for told in (
@@ -126,15 +131,11 @@ class Tale:
     self._kind = Choice(
       [getattr(self, kind) for kind in KINDS], list(KINDS.values())
     )
+    self._speakers = Choice([p.name for p in world.people])
     asked = world_tasks.questions_of(world, 'train', (1,))
+    self._replies = {q.text: q.reply for q in asked}
     self._quiz_facts, self._quiz_sums = (
-      Choice(
-        [
-          f'{q.text} {q.reply}'
-          for q in asked
-          if (q.kind in world_sums.SIGNS) == is_sum
-        ]
-      )
+      Choice([q.text for q in asked if (q.kind in world_sums.SIGNS) == is_sum])
       for is_sum in (False, True)
     )
     self._arithmetic = Choice(
@@ -331,14 +332,16 @@ class Tale:
 
   def quiz(self, teller: Teller) -> None:
     """Questions that conversations may ask, each with its answer."""
+    marks = teller.choose(QUIZ_MARKS)
+    if marks is None:  # two people talk
+      marks = [teller.choose(self._speakers) + ': ' for _ in range(2)]
+      marks[1] = '\n' + marks[1]
     told = 0
     while more(teller, told, 4, 8):
-      if told:
-        teller.write('\n')
-      if teller.choose(FACT_OR_SUM):
-        teller.tell(self._quiz_facts)
-      else:
-        teller.tell(self._quiz_sums)
+      teller.write('\n' + marks[0] if told else marks[0])
+      is_fact = teller.choose(FACT_OR_SUM)
+      asked = teller.tell(self._quiz_facts if is_fact else self._quiz_sums)
+      teller.write(marks[1] + self._replies[asked])
       told += 1
 
   def arithmetic(self, teller: Teller) -> None:

@@ -1,19 +1,20 @@
 """How well a model answers questions about the generated world.
 
-A base model has no form of answering, so its knowledge is measured by cloze:
-it goes on from the answer's own sentence ('Olga lives in') greedily, and is
-right if that sentence then names the answer and no other. An assistant is
-asked the question, and answers greedily. Both are asked the same questions,
-which are held out: no conversation asks them, but documents tell the facts.
+All level-1 questions that are held out are asked once, greedily: look-ups
+(who lives where, owns what, …) and sums. No conversation and no document asks
+them; documents tell the facts. A base model has no form of answering: it is
+given the bare question, as its documents ask others, and is right if the
+sentence that it goes on with names the answer and no other. An assistant is
+asked through its chat template.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpu_lm.data import chat, world, world_tasks
+from tpu_lm.data import chat, world, world_sums, world_tasks
 from tpu_lm.data.world_tasks import Question
 from tpu_lm.errors import UserError
 from tpu_lm.generate import answers, engine
@@ -23,39 +24,44 @@ from tpu_lm.start import Loaded
 _NEW = 32  # tokens: twice the longest answer
 
 
-def questions(seed: int = 0) -> list[Question]:
-  """Those whose sentence ends with the answer, so that a cloze can ask."""
-  asked = world_tasks.questions(seed, 'heldout', (1,))
-  return [q for q in asked if not q.sentence.startswith('{}')]
+def questions(seed: int = 0) -> tuple[Question, ...]:
+  """What is asked: look-ups about people and towns, then sums."""
+  return world_tasks.questions(seed, 'heldout', (1,))
 
 
 def _prompt(q: Question) -> list[dict[str, str]]:
   return [{'role': 'user', 'content': q.text}]
 
 
-def _is_right(q: Question, text: str) -> bool:
-  problem = {'prompt': _prompt(q), 'kind': q.kind, 'answer': q.answer}
-  return world.check(problem, text)
+class Right(NamedTuple):
+  """Shares of right answers, in [0, 1]."""
+
+  facts: float  # of look-ups
+  sums: float
 
 
-def knowledge(loaded: Loaded) -> float:
-  """The share of `questions` that a base model can complete rightly."""
-  asked, tokens = questions(), loaded.tokenizer
-  clozes = [q.sentence.split('{}')[0].rstrip() for q in asked]
+def _right(texts: Sequence[str]) -> Right:
+  found: dict[bool, list[bool]] = {True: [], False: []}
+  for q, text in zip(questions(), texts, strict=True):
+    problem = {'prompt': _prompt(q), 'kind': q.kind, 'answer': q.answer}
+    is_sum = q.kind in world_sums.SIGNS
+    found[is_sum].append(world.check(problem, text))
+  return Right(float(np.mean(found[False])), float(np.mean(found[True])))
+
+
+def knowledge(loaded: Loaded) -> Right:
+  """What a base model answers to the bare questions."""
+  tokens = loaded.tokenizer
   found = engine.generate(
     loaded.model,
     loaded.params,
-    [[tokens.eot_id, *tokens.encode(cloze)] for cloze in clozes],
+    [[tokens.eot_id, *tokens.encode(q.text)] for q in questions()],
     _NEW,
     answers.GREEDY,
     (tokens.eot_id,),
   )
-  texts = [
-    cloze + tokens.decode(one.tokens)
-    for cloze, one in zip(clozes, found, strict=True)
-  ]
-  sentences = [text.split('\n')[0].split('. ')[0] for text in texts]
-  return float(np.mean(list(map(_is_right, asked, sentences))))
+  texts = [tokens.decode(one.tokens) for one in found]
+  return _right([text.split('\n')[0].split('. ')[0] for text in texts])
 
 
 class Asked(NamedTuple):
@@ -63,7 +69,7 @@ class Asked(NamedTuple):
 
   texts: list[str]
   well_formed: float  # share that is one full sentence and stops by itself
-  accuracy: float  # share that is right
+  right: Right
   rewards: np.ndarray  # float64 [questions], `world.true_reward`
 
 
@@ -82,7 +88,7 @@ def ask(loaded: Loaded, template: chat.Template) -> Asked:
   return Asked(
     texts,
     float(np.mean(formed)),
-    float(np.mean(list(map(_is_right, asked, texts)))),
+    _right(texts),
     np.array(rewards),
   )
 
@@ -109,7 +115,8 @@ def _figures(loaded: Loaded, folder: pathlib.Path) -> dict[str, float]:
   found = ask(loaded, chat.load('', loaded.tokenizer, folder))
   return {
     'well_formed': found.well_formed,
-    'accuracy': found.accuracy,
+    'accuracy': found.right.facts,
+    'sums_accuracy': found.right.sums,
     'reward': float(found.rewards.mean()),
   }
 
