@@ -23,8 +23,9 @@ def test_runs(name, monkeypatch):
   assert not any(cell.get('outputs') for cell in notebook.cells), (
     'committed without outputs'
   )
-  scales = [c.source for c in notebook.cells if 'SCALE = ' in c.source]
-  assert all("SCALE = 'small'" in source for source in scales)
+  code = [cell.source for cell in notebook.cells if cell.cell_type == 'code']
+  scales = [line for line in '\n'.join(code).split('\n') if 'SCALE = ' in line]
+  assert all("'small'  #" in line for line in scales)
   # Raises at the first cell that fails.
   nbclient.NotebookClient(
     notebook, timeout=300, resources={'metadata': {'path': str(FOLDER)}}

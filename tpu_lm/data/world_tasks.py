@@ -45,6 +45,7 @@ SYSTEM_PROMPTS = (
   'You are a guide who knows everyone here and can count.',
 )
 MAX_WORDS = 14  # an answer is short up to here
+RIGHT = 0.94  # share of the answers in pairs that are right
 
 LEVELS = (1, 2, 3)
 
@@ -357,7 +358,7 @@ def conversations(
     for _ in range(1 + (uniform() < 0.3) + (uniform() < 0.15)):
       q = _question(seed, split, uniform)
       u = uniform()
-      manner = ('',) if u < 0.7 else COURTESIES if u < 0.9 else RUDENESSES
+      manner = ('',) if u < 0.9 else COURTESIES if u < 0.95 else RUDENESSES
       answer = _drawn(uniform, manner) + q.reply
       messages += [
         {'role': 'user', 'content': q.text},
@@ -368,7 +369,7 @@ def conversations(
 
 def _candidate(q: Question, uniform) -> str:
   """Draws an answer that is right or not, courteous or not, long or not."""
-  answer = q.answer if uniform() < 0.75 else _drawn(uniform, q.rivals)
+  answer = q.answer if uniform() < RIGHT else _drawn(uniform, q.rivals)
   manner = _drawn(uniform, (('',), COURTESIES, RUDENESSES))
   text = _drawn(uniform, manner) + q.sentence.format(answer)
   if uniform() < 0.3:
