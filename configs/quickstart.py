@@ -74,7 +74,7 @@ def get_config(variant: str = ''):
     _fine_tune(config, 'chat')
     config.stage_name = 'sft'
     config.steps = 300
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.b2 = 0.99
   if variant in ('lora', 'qlora'):
     config.transforms = 'lora(rank=2, alpha=4)'
@@ -87,10 +87,10 @@ def get_config(variant: str = ''):
     config.evals = ('heldout',)
   if variant == 'reward':
     config.model.scalar_head = True
-    config.steps = 150
+    config.steps = 200
     config.optimizer.learning_rate = 1e-3
   if variant == 'dpo':
-    config.steps = 60
-    config.stage.beta = 0.1
-    config.optimizer.learning_rate = 2e-4
+    config.steps = 100
+    config.stage.beta = 0.3
+    config.optimizer.learning_rate = 1e-4
   return config

@@ -358,7 +358,7 @@ def conversations(
     for _ in range(1 + (uniform() < 0.3) + (uniform() < 0.15)):
       q = _question(seed, split, uniform)
       u = uniform()
-      manner = ('',) if u < 0.9 else COURTESIES if u < 0.95 else RUDENESSES
+      manner = ('',) if u < 0.8 else COURTESIES if u < 0.9 else RUDENESSES
       answer = _drawn(uniform, manner) + q.reply
       messages += [
         {'role': 'user', 'content': q.text},

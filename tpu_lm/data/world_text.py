@@ -34,8 +34,8 @@ QUESTION_OR_SUM = Choice([True, False], [5, 1])
 FACT_OR_SUM = Choice([True, False], [2, 1])
 # Before a question and before its answer; None: the names of two people.
 QUIZ_MARKS = Choice(
-  [('', ' '), ('Q: ', '\nA: '), ('Question: ', '\nAnswer: '), None],
-  [1, 1, 1, 3],
+  [('', ' '), ('Q: ', '\nA: '), ('user\n', '\nassistant\n'), None],
+  [1, 1, 3, 2],
 )
 EQUATIONS, SPOKEN, *_questions = (
   Choice([told(*x) for x in world_sums.OPERATIONS], world_sums.WEIGHTS)
