@@ -10,7 +10,8 @@ teacher runs beside the student; with `--config.stage.top_k=16` and
 kept. For conversations: `--config.data.rows=chat`. Sequence-level: `tpu_lm
 answer --workdir=runs/teacher …` writes answers, and configs/sft.py learns them.
 
-MEASURED_DISTILL
+Measured on 2 CPU cores: the quickstart's own form of it (300 steps of 8 x 256)
+gives 0.5187 bits per byte against 0.5272 without a teacher.
 """
 
 from tpu_lm import config as configs

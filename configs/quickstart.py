@@ -73,11 +73,12 @@ def get_config(variant: str = ''):
   if variant in ('sft', 'lora', 'qlora'):
     _fine_tune(config, 'chat')
     config.stage_name = 'sft'
-    config.steps = 300
-    config.optimizer.learning_rate = 5e-4
+    config.steps = 400
+    config.optimizer.learning_rate = 7e-4
     config.optimizer.b2 = 0.99
   if variant in ('lora', 'qlora'):
     config.transforms = 'lora(rank=2, alpha=4)'
+    config.steps = 300
     config.optimizer.learning_rate = 2e-2
   if variant == 'qlora':
     config.transforms = 'nf4, ' + config.transforms

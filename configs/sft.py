@@ -7,7 +7,8 @@ Records are {"messages"}, {"prompt", "completion"}, {"instruction", "input",
 "output"} or ShareGPT's {"conversations"}. The assistant's tokens are trained,
 stop token included. `tpu_lm check --config=…` shows them.
 
-MEASURED_SFT
+Measured on 2 CPU cores: the quickstart's own form of it (configs/quickstart.py
+:sft, 400 steps of 8 x 256) takes 35 s.
 """
 
 from tpu_lm import config as configs
