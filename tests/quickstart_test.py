@@ -2,17 +2,41 @@
 
 import json
 
-from tpu_lm import cli, metrics
+import pytest
+
+from tpu_lm import cli, metrics, quickstart
 
 
-def test_quickstart_trains_shows_and_sums_up(tmp_path, capsys):
+FIGURES = {
+  'pretrain': 'accuracy sums_accuracy',
+  'sft': 'well_formed accuracy sums_accuracy',
+  'reward': 'pair_accuracy',
+  'dpo': 'win_rate kl',
+  'lora': 'relative_score trained_share',
+  'qlora': 'relative_score trained_share',
+  'distill': 'student_bits_per_byte baseline_bits_per_byte',
+}
+
+
+@pytest.mark.parametrize(
+  'stages',
+  [
+    ('pretrain', 'sft', 'lora'),
+    pytest.param(tuple(FIGURES), marks=pytest.mark.slow),
+  ],
+)
+def test_quickstart_trains_shows_and_sums_up(
+  stages, tmp_path, capsys, monkeypatch
+):
+  chosen = {name: quickstart.STAGES[name] for name in stages}
+  monkeypatch.setattr(quickstart, 'STAGES', chosen)
   status = cli.main([
     'quickstart',
     f'--workdir={tmp_path}',
-    '--config.steps=24',
+    '--config.steps=12',
     '--config.batch_size=8',
-    '--config.eval_every=12',
-    '--config.eval_rows=64',
+    '--config.eval_every=6',
+    '--config.eval_rows=16',
     '--config.log_every=4',
     '--config.optimizer.warmup=4',
   ])  # fmt: skip
@@ -28,6 +52,12 @@ def test_quickstart_trains_shows_and_sums_up(tmp_path, capsys):
   assert 0.3 < figures['true_bits_per_byte'] < figures['bits_per_byte']
   assert figures['seconds'] > 0
   assert figures['tokens_per_second'] > 0
+  for stage in stages:
+    for name in FIGURES[stage].split():
+      assert isinstance(summary[stage][name], float), (stage, name)
+  assert summary['lora']['trained_share'] <= 0.03
+  if 'qlora' in stages:
+    assert summary['qlora']['base_bytes_per_parameter'] <= 0.6
   shown = capsys.readouterr().out
   assert f'{figures["bits_per_byte"]:.4f}' in shown
   assert 'true entropy' in shown

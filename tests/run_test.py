@@ -304,7 +304,7 @@ def command(folder, workdir, *more):
   ]  # fmt: skip
 
 
-def start(code, argv, **environment):
+def launched(code, argv, **environment):
   """A process that runs `code` with `argv`; 8 simulated devices by default."""
   if not any(word.startswith('--devices') for word in argv):
     argv = [*argv, '--devices=8']
@@ -352,10 +352,10 @@ def test_killed_and_started_again_it_ends_bit_by_bit_alike(
   """And once rows are there, a run imports no TensorFlow."""
   workdir = tmp_path / 'w'
   given = [*command(folder, workdir), '--config.checkpoint.every=2']
-  killed = start(RUN, given, **{KILL_AT: 'step:7'})
+  killed = launched(RUN, given, **{KILL_AT: 'step:7'})
   assert finish(killed)[0] == -signal.SIGKILL
   assert 4 <= len(lines(workdir)) < len(lines(whole[0]))
-  again = start(WITHOUT_TENSORFLOW, given)
+  again = launched(WITHOUT_TENSORFLOW, given)
   status, out, err = finish(again)
   assert status == 0, err
   # The save of step 6 may or may not have been committed.
@@ -370,12 +370,12 @@ def test_killed_and_started_again_it_ends_bit_by_bit_alike(
 @pytest.mark.parametrize('phase', ['compile', 'step', 'save', 'evaluate'])
 def test_sigterm_ends_well_and_soon(folder, whole, tmp_path, phase):
   workdir = tmp_path / 'w'
-  process = start(SIGNALLED, command(folder, workdir), AT=phase)
+  process = launched(SIGNALLED, command(folder, workdir), AT=phase)
   status, out, err = finish(process)
   took = time.time() - float(re.search(r'signalled ([\d.]+)', out)[1])
   assert status == 0, err
   assert took < 10
-  again = start(RUN, command(folder, workdir))
+  again = launched(RUN, command(folder, workdir))
   status, _, err = finish(again)
   assert status == 0, err
   assert lines(workdir) == lines(whole[0])
@@ -391,7 +391,7 @@ def test_resumed_with_other_numbers_of_devices(
   workdir = tmp_path / 'w'
   shutil.copytree(half, workdir)
   given = command(folder, workdir, f'--devices={devices}')
-  process = start(RUN, [*given, '--config.mesh.data=-1'])
+  process = launched(RUN, [*given, '--config.mesh.data=-1'])
   status, _, err = finish(process)
   assert status == 0, err
   assert_alike(lines(workdir), lines(whole[0]))
@@ -408,7 +408,7 @@ def test_two_processes_of_two_devices_are_one_of_four(folder, whole, tmp_path):
   workdir = tmp_path / 'w'
   port = free_port()
   processes = [
-    start(RUN, command(
+    launched(RUN, command(
       folder, workdir, '--devices=2', f'--coordinator=localhost:{port}',
       '--processes=2', f'--process={i}', '--config.mesh.data=2',
       '--config.mesh.fsdp=2',

@@ -231,7 +231,8 @@ def _adapted(life: Life, name: str) -> Outcome:
   trainable, frozen = weights.partition(loaded.params, loaded.config.trainable)
   whole = weights.count(life.loaded('pretrain').params)
   share = weights.count(trainable) / whole
-  relative = life.asked(name).right.facts / life.asked('sft').right.facts
+  full, found = life.asked('sft').right.facts, life.asked(name).right.facts
+  relative = found / full if full else 0.0
   return Outcome(
     {
       'relative_score': relative,

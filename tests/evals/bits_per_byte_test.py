@@ -119,9 +119,9 @@ def scores_of_text(loaded, text):
   eot = loaded.tokenizer.eot_id
   ids = [eot, *loaded.tokenizer.encode(text), eot]
   nats = 0.0
-  for start in range(0, len(ids) - 1, tiny.LENGTH):
+  for first in range(0, len(ids) - 1, tiny.LENGTH):
     row = np.full((1, tiny.LENGTH + 1), eot)
-    part = ids[start : start + tiny.LENGTH + 1]
+    part = ids[first : first + tiny.LENGTH + 1]
     row[0, : len(part)] = part
     logps = log_probabilities(loaded.model, loaded.params, row[:, :-1])
     nats -= sum(logps[0, i, token] for i, token in enumerate(part[1:]))
