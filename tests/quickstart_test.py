@@ -6,7 +6,6 @@ import pytest
 
 from tpu_lm import cli, metrics, quickstart
 
-
 FIGURES = {
   'pretrain': 'accuracy sums_accuracy',
   'sft': 'well_formed accuracy sums_accuracy',
