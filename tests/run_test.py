@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tpu_lm import checkpoint, metrics, run, sharding, start
+from tpu_lm import checkpoint, metrics, run, sharding, start, tokenizer
 from tpu_lm.errors import UserError
 from tpu_lm.phases import KILL_AT, Phases
 
@@ -193,7 +193,9 @@ def test_init_from_refuses_another_model_and_another_tokenizer(
     opened(
       config(folder, init_from=whole[0], **{'model.dim': 64}), tmp_path / 'a'
     )
-  other = {'data.tokenizer': 'bpe', 'data.vocab_size': 270}
+  # A kind to train is taken from the base; a file of one's own is not.
+  tokenizer.train(['a text'], 'bpe', 260).save(tmp_path / 'brought')
+  other = {'data.tokenizer': tmp_path / 'brought' / 'tokenizer.json'}
   with pytest.raises(UserError, match=r'another tokenizer; .*tokenizer\.json'):
     opened(config(folder, init_from=whole[0], **other), tmp_path / 'b')
   for name in 'ab':
