@@ -10,7 +10,7 @@ log-probabilities are computed once and kept; `stage.on_the_fly=true` computes
 them every step.
 
 Measured on 2 CPU cores: the quickstart's own form of it (100 steps, beta 0.3)
-wins 92 % of held-out questions over SFT, 23 s.
+wins 82 and 92 % of held-out questions over SFT, from two SFT models, 23 s.
 """
 
 from tpu_lm import config as configs

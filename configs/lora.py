@@ -13,17 +13,13 @@ parameters) reaches 97 % of full fine-tuning's score, on 0.59 byte a parameter
 also.
 """
 
-import pathlib
-
 from tpu_lm import config as configs
-
-_SFT = pathlib.Path(__file__).parent / 'sft.py'
 
 
 def get_config(variant: str = ''):
   configs.check_variant(variant, ('tiny', 'qlora', 'tiny_qlora'))
   is_tiny = variant.startswith('tiny')
-  config = configs.load_file(f'{_SFT}:tiny' if is_tiny else str(_SFT))
+  config = configs.beside(__file__, 'sft', 'tiny' if is_tiny else '')
   rank = 4 if is_tiny else 16
   config.transforms = f'lora(rank={rank}, alpha={2 * rank})'
   if variant.endswith('qlora'):

@@ -16,28 +16,8 @@ from tpu_lm import config as configs
 
 
 def get_config(variant: str = ''):
-  configs.check_variant(variant, ('tiny',))
-  config = configs.base()
+  config = configs.beside(__file__, 'dpo', variant)
   config.stage_name = 'reward'
   config.model.scalar_head = True
-  config.evals = ('heldout',)
-  config.data.max_bad_share = 0.02
-  config.optimizer.weight_decay = 0.0
-  if variant == 'tiny':
-    config.steps = 100
-    config.batch_size = 8
-    config.eval_every = 25
-    config.data.length = 256
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.warmup = 10
-    return config
-  config.steps = 1000
-  config.batch_size = 64
-  config.data.length = 2048
-  config.data.heldout_share = 0.02
-  config.model.dtype = 'bfloat16'
-  config.model.remat = 'dots'
-  config.optimizer.learning_rate = 1e-5
-  config.mesh.data = 1
-  config.mesh.fsdp = -1
+  config.optimizer.learning_rate = 3e-4 if variant == 'tiny' else 1e-5
   return config

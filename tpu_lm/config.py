@@ -144,6 +144,12 @@ def load_file(spec: str) -> ConfigDict:
     raise UserError(f'{path}:{line}: {what}') from error
 
 
+def beside(file: str, name: str, variant: str = '') -> ConfigDict:
+  """For `get_config` of `file`: what `name`.py in its folder gives."""
+  path = pathlib.Path(file).parent / f'{name}.py'
+  return load_file(f'{path}:{variant}' if variant else str(path))
+
+
 def _config_of(
   loader: Any, module: Any, path: pathlib.Path, variant: str
 ) -> ConfigDict:
