@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpu_lm import divergence
+from tpu_lm import cross_entropy, divergence
 from tpu_lm.errors import UserError
 
 P, Q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
@@ -123,7 +123,7 @@ def test_a_student_that_is_its_teacher_has_no_gradient():
 
 @pytest.mark.parametrize('most', [1, 3 * 2 * 11, 10**6])
 def test_chunks_change_nothing(most, monkeypatch):
-  monkeypatch.setattr(divergence, '_LOGITS', most)
+  monkeypatch.setattr(cross_entropy, '_LOGITS', most)
   head, x = logits(3, (11, 4)), logits(4, (2, 7, 4))
   targets = jnp.arange(14).reshape(2, 7) % 11
 

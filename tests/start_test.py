@@ -1,6 +1,7 @@
 """What runs start from: bases, adapters alone, kept columns, merging."""
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -131,15 +132,18 @@ def test_another_network_is_refused_by_the_name_of_the_array(folder):
 
 
 def test_an_adapter_is_saved_alone(full, lora):
-  def num_bytes(workdir):
-    params = workdir / 'checkpoints' / '4' / 'params'
-    return sum(f.stat().st_size for f in params.rglob('*') if f.is_file())
+  def saved(workdir):
+    steps = checkpoint.Checkpoints(workdir / 'checkpoints', read_only=True)
+    arrays = steps.content(4)['arrays']
+    return {k: v for k, v in arrays.items() if k.startswith('params/')}
 
-  assert num_bytes(lora) < 0.4 * num_bytes(full)
-  content = checkpoint.Checkpoints(lora / 'checkpoints', read_only=True)
-  names = [n for n in content.content(4)['arrays'] if n.startswith('params/')]
-  assert names
-  assert all(name.rsplit('/')[-1] in ('a', 'b') for name in names)
+  # Of the files themselves, Orbax's own records are most at this size.
+  sizes = [
+    sum(math.prod(shape) for shape, *_ in saved(workdir).values())
+    for workdir in (lora, full)
+  ]
+  assert 0 < sizes[0] < 0.2 * sizes[1]
+  assert all(name.rsplit('/')[-1] in ('a', 'b') for name in saved(lora))
 
 
 def test_an_adapter_loads_onto_its_base_and_nothing_else(folder, lora):
@@ -253,7 +257,7 @@ def test_the_reference_of_a_resumed_run_is_where_it_began(folder):
 def test_eval_gives_the_figures_of_the_run(folder, name):
   extra = {'stage.on_the_fly': True} if name == 'live' else {}
   workdir = trained(folder, name, **DPO | extra)
-  found = heldout.score(start.load(workdir), workdir)
+  found = tiny.figures(heldout, start.load(workdir), workdir)
   last = lines(workdir, 'heldout')[-1]
   for key in ('loss', 'accuracy', 'margin'):
     assert found[key] == pytest.approx(last[key], rel=1e-5)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tpu_lm import checkpoint, models, sharding, tokenizer, train
+from tpu_lm import checkpoint, models, reading, sharding, tokenizer, train
 from tpu_lm import config as configs
 
 VOCAB = 64
@@ -233,3 +233,9 @@ def teacher() -> tuple[str, int]:
   checkpoints.save(1, state, {'fingerprint': '', 'base': None}, None)
   checkpoints.close()
   return str(folder), tokens.vocab_size
+
+
+def figures(evaluation, loaded, workdir, source=''):
+  """The figures that `tpu_lm eval` prints of an evaluation."""
+  with reading.opened(loaded, workdir, source) as (opened, rows):
+    return evaluation.make(opened, rows)(loaded.params)

@@ -258,20 +258,19 @@ def prove(
   Returns:
     (what was varied, difference of the loss, difference of the gradient)
   """
-  found, mesh = jax.devices(), _mesh
-  plain = gradient_of(loss, params, batch, mesh(1), 1)
+  plain = gradient_of(loss, params, batch, _mesh(1), 1)
   rows = len(next(iter(batch.values())))
   lines = []
   for count in _PARTS[1:]:
     if rows % count:
       continue
-    many = gradient_of(loss, params, batch, mesh(1), count)
+    many = gradient_of(loss, params, batch, _mesh(1), count)
     lines.append((f'{count} microbatches', *differences(plain, many)))
-    if count <= len(found):
-      many = gradient_of(loss, params, batch, mesh(count), 1)
+    if count <= jax.device_count():
+      many = gradient_of(loss, params, batch, _mesh(count), 1)
       lines.append((f'{count} devices', *differences(plain, many)))
   if _prefixes(batch):
-    alone = gradient_of(loss, params, unpack(batch), mesh(1), 1)
+    alone = gradient_of(loss, params, unpack(batch), _mesh(1), 1)
     lines.append(('documents unpacked', *differences(plain, alone)))
   return lines
 

@@ -54,16 +54,14 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
   _no_overrides(overrides)
   from tpu_lm import devices, start
   from tpu_lm.data import chat
-  from tpu_lm.generate import sampler, stream
+  from tpu_lm.generate import stream
 
   try:
     args.prompt.encode()
   except UnicodeEncodeError as error:
     raise UserError('--prompt: is not UTF-8; give UTF-8 text') from error
-  if not 0 <= args.seed < 2**32:
-    raise UserError(f'--seed={args.seed}: must be from 0 to 2**32 - 1')
+  chosen = _sampler(args)
   devices.set_up()
-  chosen = sampler.Sampler(args.temperature, args.top_k, args.top_p)
   loaded = start.load(args.workdir, base=args.base)
   prompt, stop_ids = args.prompt, ()
   if args.chat:
@@ -91,14 +89,18 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
 def evaluate(args: argparse.Namespace, overrides: list) -> int:
   """Prints the held-out figures of what a working directory trained."""
   _no_overrides(overrides)
-  from tpu_lm import devices, stage, start
+  from tpu_lm import devices, reading, stage, start
 
   devices.set_up()
   loaded = start.load(args.workdir, base=args.base)
   scores = {}
-  for name in loaded.config.evals:
-    module = stage.find('tpu_lm.evals', name, 'evals')
-    scores |= module.score(loaded, args.workdir, args.source)
+  with reading.opened(loaded, args.workdir, args.source) as (run, rows):
+    for name in loaded.config.evals:
+      module = stage.find('tpu_lm.evals', name, 'evals')
+      if args.source and not getattr(module, 'READS_ROWS', True):
+        print(f'evals={name}: asks its own; left out', file=sys.stderr)
+        continue
+      scores |= module.make(run, rows)(loaded.params)
   print(f'{args.source or "held-out split"}, step {loaded.step:,}')
   for name, value in scores.items():
     text = f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'
@@ -110,14 +112,15 @@ def answer(args: argparse.Namespace, overrides: list) -> int:
   """Writes a model's answers to prompts as conversations to train on."""
   _no_overrides(overrides)
   from tpu_lm import devices
-  from tpu_lm.generate import answer_file, sampler
+  from tpu_lm.generate import answer_file
 
+  chosen = _sampler(args)
   devices.set_up()
   answer_file.write(
     args.workdir,
     args.source,
     args.to,
-    sampler=sampler.Sampler(args.temperature, args.top_k, args.top_p),
+    sampler=chosen,
     max_new_tokens=args.max_new_tokens or 64,
     seed=args.seed,
     base=args.base,
@@ -174,6 +177,14 @@ def quickstart(args: argparse.Namespace, overrides: list) -> int:
   devices.set_up()
   quickstarts.execute(args.workdir, overrides)
   return 0
+
+
+def _sampler(args: argparse.Namespace):
+  from tpu_lm.generate import sampler
+
+  if not 0 <= args.seed < 2**32:
+    raise UserError(f'--seed={args.seed}: must be from 0 to 2**32 - 1')
+  return sampler.Sampler(args.temperature, args.top_k, args.top_p)
 
 
 def _config(args: argparse.Namespace, overrides: list):

@@ -22,6 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from tpu_lm.errors import UserError, nearest
+from tpu_lm.tokenizer import KINDS
 
 # Sections whose keys belong to what is named beside them: a model family's
 # `config`, a stage's `make`. They are checked against those signatures.
@@ -336,29 +337,28 @@ def adopt(config: ConfigDict) -> None:
   Raises:
     UserError: no working directory is there.
   """
-  teacher = config.stage.get('teacher', '')
-  for key, source in (
-    ('init_from', config.init_from),
-    ('stage.teacher', teacher),
-  ):
-    if not source:
-      continue
-    path = pathlib.Path(source) / 'config.json'
-    if not path.is_file():
-      raise UserError(
-        f'{key}={source}: no working directory of a `tpu_lm train` (it has no '
-        f'config.json){nearest(str(source), _siblings(path.parent))}'
-      )
-    if config.data.tokenizer in ('bpe', 'byte'):
-      config.data.tokenizer = str(
-        pathlib.Path(source) / 'tokenizer' / 'tokenizer.json'
-      )
-    if key == 'init_from':
-      base = read(path)
-      config.model_name = base.model_name
-      for name, value in base.model.items():
-        if name not in config.model and name not in _HOW:
-          config.model[name] = value
+  _take_tokenizer(config, 'init_from', config.init_from)
+  _take_tokenizer(config, 'stage.teacher', config.stage.get('teacher', ''))
+  if config.init_from:
+    base = read(pathlib.Path(config.init_from) / 'config.json')
+    config.model_name = base.model_name
+    for name, value in base.model.items():
+      if name not in config.model and name not in _HOW:
+        config.model[name] = value
+
+
+def _take_tokenizer(config: ConfigDict, key: str, source: str) -> None:
+  """Takes the tokenizer of `source`, where none is given by its path."""
+  if not source:
+    return
+  path = pathlib.Path(source) / 'config.json'
+  if not path.is_file():
+    raise UserError(
+      f'{key}={source}: no working directory of a `tpu_lm train` (it has no '
+      f'config.json){nearest(str(source), _siblings(path.parent))}'
+    )
+  if config.data.tokenizer in KINDS:
+    config.data.tokenizer = str(path.parent / 'tokenizer' / 'tokenizer.json')
 
 
 def _siblings(path: pathlib.Path) -> list[str]:

@@ -59,7 +59,7 @@ def mean(
     (total, weight), float32 scalars; both differentiable, also by the
     weights where they are not 0.
   """
-  length = _chunk_length(chunk, targets_BL.shape, head_VD.shape[0])
+  length = chunk_length(targets_BL.shape, head_VD.shape[0], chunk)
   shards = _shards(targets_BL.shape)
   counted_BL = weights_BL != 0
   # `where` before, not multiply after: 0 * NaN is NaN.
@@ -98,7 +98,7 @@ def token_logps(
     temperature: above 0.
     chunk: as in `mean`.
   """
-  length = _chunk_length(chunk, targets_BL.shape, head_VD.shape[0])
+  length = chunk_length(targets_BL.shape, head_VD.shape[0], chunk)
   shards = _shards(targets_BL.shape)
   if mask_BL is not None:
     hidden_BLD = jnp.where(mask_BL[..., None], hidden_BLD, 0)
@@ -123,7 +123,7 @@ def token_logps(
   return logps_BL if mask_BL is None else jnp.where(mask_BL, logps_BL, 0.0)
 
 
-def _chunk_length(chunk: int, shape: tuple[int, int], num_vocab: int) -> int:
+def chunk_length(shape: tuple[int, int], num_vocab: int, chunk: int = 0) -> int:
   """How many positions of its rows a device takes at a time."""
   (rows, length), (row_shards, column_shards) = shape, _shards(shape)
   if not chunk:

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import sharding
+from tpu_lm import cross_entropy
 from tpu_lm import start as starts
 from tpu_lm.models import transformer
 from tpu_lm.stage import Batch, hidden_states, require
 
 KINDS = ('forward_kl', 'reverse_kl', 'gjsd')
-_LOGITS = 1 << 22  # as many are held at a time, a device (float32: 16 MiB)
 
 
 def divergence(
@@ -142,11 +141,8 @@ def row_sums(
     The tree of sums [B].
   """
   rows, length = columns[0].shape[:2]
-  mesh = jax.sharding.get_abstract_mesh()
-  shards = 1 if mesh.empty else sharding.num_batch_shards(mesh)
-  most = max(_LOGITS * shards // (rows * num_vocab), 1)
-  num_chunks = -(-length // most)
-  size = -(-length // num_chunks)
+  size = cross_entropy.chunk_length((rows, length), num_vocab)
+  num_chunks = -(-length // size)
 
   def split(x):
     missing = [

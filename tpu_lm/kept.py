@@ -36,9 +36,11 @@ class Kept:
         name: np.load(folder / f'{name}.npy', mmap_mode='r') for name in names
       }
 
-  def columns(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    """The columns of these rows; a row -1 (padding) is zeros."""
-    found = {}
+  def columns(self, loader: Any, step: int) -> dict[str, np.ndarray]:
+    """The columns of `loader.batch(step)`; zeros for a row of padding."""
+    if not self._arrays:
+      return {}
+    numbers, found = loader.row_numbers(step), {}
     for name, array in self._arrays.items():
       rows = np.array(array[np.maximum(numbers, 0)])
       rows[numbers < 0] = 0
@@ -47,7 +49,11 @@ class Kept:
 
 
 def visited(
-  run: Any, loader: Any, split: str, report: Callable[[str], None]
+  run: Any,
+  loader: Any,
+  split: str,
+  num_batches: int,
+  report: Callable[[str], None],
 ) -> Kept:
   """The kept columns of the rows of `loader` that `run` will see.
 
@@ -55,6 +61,7 @@ def visited(
     run: whose stage computes them.
     loader: of the split.
     split: 'train' or 'heldout'.
+    num_batches: that it will see, from the first.
     report: is told how long it took.
   """
   if not run.stage.kept:
@@ -67,7 +74,7 @@ def visited(
   folder = run.workdir / 'kept' / f'{split}-{loader.manifest.fingerprint[:12]}'
   _open(folder, _about(run), loader.num_rows)
   done = np.lib.format.open_memmap(folder / 'done.npy', 'r+')
-  missing = _numbers(run, loader, split)
+  missing = _numbers(loader, num_batches)
   missing = missing[~done[missing]]
   if len(missing):
     began = time.perf_counter()
@@ -95,17 +102,13 @@ def _about(run: Any) -> dict[str, Any]:
   return about
 
 
-def _numbers(run: Any, loader: Any, split: str) -> np.ndarray:
-  """The rows that are visited, sorted; all, where that is quick to say."""
-  config = run.config
-  everything = np.arange(loader.num_rows)
-  if split != 'train':
-    wanted = config.eval_rows or loader.num_rows
-    return everything[: -(-wanted // loader.batch_size) * loader.batch_size]
-  if config.steps * config.batch_size >= 2 * loader.num_rows:
-    return everything
-  steps = range(config.steps)
-  return np.unique(np.concatenate([loader.row_numbers(s) for s in steps]))
+def _numbers(loader: Any, num_batches: int) -> np.ndarray:
+  """The rows of these batches, sorted; all, where most are likely seen."""
+  if num_batches * loader.batch_size >= 2 * loader.num_rows:
+    return np.arange(loader.num_rows)
+  batches = [loader.row_numbers(step) for step in range(num_batches)]
+  numbers = np.unique(np.concatenate(batches))
+  return numbers[numbers >= 0]
 
 
 def _open(folder: pathlib.Path, about: dict, num_rows: int) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +109,7 @@ class Run:
       out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), None),
     )
     with jax.set_mesh(self.mesh):
-      self.kept = kept.visited(self, self.loader, 'train', report)
+      self.kept = kept.visited(self, self.loader, 'train', config.steps, report)
       self.evals = [
         stage.find('tpu_lm.evals', name, 'evals').make(self, rows)
         for name in config.evals
@@ -155,9 +154,8 @@ class Run:
       config = json.loads(self.config.to_json())
       workdirs.write_json(self.workdir / 'config.json', config)
       self.tokenizer.save(self.workdir / 'tokenizer')
-      template = self.loader.manifest.directory / chat.FILE
-      if template.is_file():
-        shutil.copy(template, self.workdir / 'tokenizer' / chat.FILE)
+      rows = self.loader.manifest.directory
+      chat.hand_on(rows, self.workdir / 'tokenizer')
 
   # What it starts from: its own directory, init_from, or scratch.
 
@@ -220,8 +218,7 @@ class Run:
     the start takes these away (`weights.unadapt`).
     """
     params = weights.combine(self.state.params, self.frozen)
-    only_adapters = not self.config.trainable and weights.is_adapted(params)
-    if self.first_step and not only_adapters:
+    if self.first_step and not start.has_start(self.config, params):
       return self._begun(self.base).params
     copies = jax.tree.map(jnp.copy, self.state.params)
     return weights.combine(copies, self.frozen)
@@ -248,7 +245,7 @@ class Run:
 
   def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
     for step, rows in enumerate(self.loader.prefetch(first), first):
-      yield rows | self.kept.columns(self.loader.row_numbers(step))
+      yield rows | self.kept.columns(self.loader, step)
 
   def put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_batch(rows, self.mesh)

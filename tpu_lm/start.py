@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import pathlib
-import shutil
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from tpu_lm.data import chat
 from tpu_lm.errors import UserError
 
 Params = Any
-# What a stage adds to a network; a base need not have it.
-_ADDED = ('scalar_head',)
 
 
 class Loaded(NamedTuple):
@@ -39,6 +36,7 @@ class Loaded(NamedTuple):
   params: Params
   step: int
   mesh: Any
+  base: dict[str, Any] | None = None  # as `Start.base` when it began
 
 
 class Start(NamedTuple):
@@ -68,6 +66,14 @@ def abstract(model: Any, config: ConfigDict, mesh: Any) -> Params:
 def is_apart(config: ConfigDict, frozen: Params) -> bool:
   """Whether what is frozen stays with its base and is not saved again."""
   return bool(config.init_from) and bool(jax.tree.leaves(frozen))
+
+
+def has_start(config: ConfigDict, params: Params) -> bool:
+  """Whether trained parameters still hold those that they began with.
+
+  They do where only adapters are trained: take these away (`weights.unadapt`).
+  """
+  return not config.trainable and weights.is_adapted(params)
 
 
 def begin(
@@ -132,7 +138,7 @@ def _check_fits(other: Loaded, model: Any, where: str) -> None:
     return {
       sharding.path_name(path): leaf.shape
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-      if sharding.path_name(path) not in _ADDED
+      if not weights.ADDED.search(sharding.path_name(path))
     }
 
   theirs, ours = shapes(other.model), shapes(model)
@@ -219,7 +225,7 @@ def load(
     begun = begin(model, config, mesh, tokens.digest, meta['base'])
     frozen = weights.partition(begun.params, config.trainable)[1]
     params = weights.combine(params, frozen)
-  return Loaded(config, tokens, model, params, step, mesh)
+  return Loaded(config, tokens, model, params, step, mesh, meta.get('base'))
 
 
 class _Plain(NamedTuple):
@@ -250,9 +256,7 @@ def merge(
   plain = jax.jit(weights.merge, out_shardings=places)(loaded.params)
   workdirs.make(to)
   loaded.tokenizer.save(to / 'tokenizer')
-  template = pathlib.Path(workdir) / 'tokenizer' / chat.FILE
-  if template.is_file():
-    shutil.copy(template, to / 'tokenizer' / chat.FILE)
+  chat.hand_on(pathlib.Path(workdir) / 'tokenizer', to / 'tokenizer')
   writer = checkpoint.Checkpoints(to / 'checkpoints')
   meta = {'tokenizer': loaded.tokenizer.digest, 'seed': config.seed}
   state = _Plain(jnp.int32(loaded.step), plain)

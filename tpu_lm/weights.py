@@ -49,7 +49,7 @@ class Lora:
 
 HELD = Lora | QUANTISED  # leaves that are more than one array
 _FACTORS = re.compile(r'layers/.*/(a|b|m)$')
-_ADDED = re.compile(r'(^|/)scalar_head$')  # by a stage: always trained
+ADDED = re.compile(r'(^|/)scalar_head$')  # by a stage: always trained
 _QUANTISED_PART = re.compile(r'/(values|scales|codes|peaks|steps|mean)$')
 _TABLES = re.compile(r'(^|/)(embedding|head)$')
 
@@ -257,7 +257,7 @@ def _shares(params: Params, trainable: str) -> dict[str, int]:
   if trainable and not top:
     chosen = [name for name in arrays if re.search(trainable, name)]
   elif adapted:
-    chosen = [k for k in arrays if _FACTORS.search(k) or _ADDED.search(k)]
+    chosen = [k for k in arrays if _FACTORS.search(k) or ADDED.search(k)]
   else:
     chosen = list(arrays)
   fixed = [name for name in chosen if _QUANTISED_PART.search(name)]

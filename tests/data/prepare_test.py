@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from record_cases import column
 
 from tpu_lm import config as config_lib
 from tpu_lm.data import manifest, preparation, prepare, prepare_text
@@ -54,15 +55,6 @@ def texts_of(count, seed=0):
     f'{i}: ' + ' '.join(rng.choices(words, k=rng.randrange(1, 60)))
     for i in range(count)
   ]
-
-
-def column(made, split, name):
-  arrays = [
-    np.load(made.directory / shard.files[name]['file'])
-    for part in made.splits(split)
-    for shard in part.shards
-  ]
-  return np.concatenate(arrays)
 
 
 def documents_in(made, split):

@@ -142,7 +142,7 @@ def test_a_text_is_scored_whole_and_once(loaded, tmp_path, capsys):
   text = 'Ada saw an oak — größer.\nBo saw a cat on day 7.\n'
   (tmp_path / 'other.txt').write_text(text)
   source = str(tmp_path / 'other.txt')
-  scores = bits_per_byte.score(loaded, workdir, source)
+  scores = tiny.figures(bits_per_byte, loaded, workdir, source)
   nats, size = scores_of_text(loaded, text)
   assert scores['bytes'] == size
   assert scores['tokens'] == size + 1
@@ -152,7 +152,7 @@ def test_a_text_is_scored_whole_and_once(loaded, tmp_path, capsys):
 
 def test_the_heldout_split_is_the_default(loaded):
   workdir, loaded = loaded
-  scores = bits_per_byte.score(loaded, workdir)
+  scores = tiny.figures(bits_per_byte, loaded, workdir)
   text = (workdir / 'text.txt').read_bytes()
   assert 0 < scores['bytes'] < 0.2 * len(text)
 
@@ -169,4 +169,4 @@ def test_a_changed_text_with_another_tokenizer_is_refused(loaded, tmp_path):
   workdir, loaded = loaded
   other = tokenizer.train(['some other text'], 'bpe', 270)
   with pytest.raises(UserError, match=r'has changed since .* --source=PATH'):
-    bits_per_byte.score(loaded._replace(tokenizer=other), workdir)
+    tiny.figures(bits_per_byte, loaded._replace(tokenizer=other), workdir)

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -313,6 +314,12 @@ def _joined(
   trained = [piece.trained for piece in pieces]
   ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32)
   return ids, np.repeat(trained, [len(part) for part in parts])
+
+
+def hand_on(source: pathlib.Path, to: pathlib.Path) -> None:
+  """Copies the template beside a tokenizer, if there is one, to another."""
+  if (source / FILE).is_file():
+    shutil.copy(source / FILE, to / FILE)
 
 
 def load(

@@ -8,22 +8,17 @@ Batch columns (numpy, [B, L+1]): tokens, loss_mask, segment_ids. A target
 counts where loss_mask is set and the token before it is of the same document.
 """
 
-import copy
 import functools
 import math
 import pathlib
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from tpu_lm import sharding
-from tpu_lm.data import prepare
+from tpu_lm import reading, sharding
 from tpu_lm.errors import UserError
-from tpu_lm.run import data_dir, open_rows
 from tpu_lm.stages import pretrain
 
 Batch = Mapping[str, np.ndarray]
@@ -137,72 +132,16 @@ def totals_of(model: Any, mesh: Any) -> Callable[..., tuple]:
 
 
 def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict | None]:
-  """The evaluation that a run does: params -> figures of its held-out rows.
-
-  `eval_rows` of the config limits the rows, rounded up to whole batches; a
-  batch is a microbatch of training, to need no more memory than that.
-  """
-  config = copy.deepcopy(run.config)
-  config.batch_size //= config.microbatches
-  loader = open_rows(config, rows, 'heldout', run.model)
+  """The evaluation that a run does: params -> figures of its held-out rows."""
+  loader, num_batches = reading.heldout(run, rows)
   totals = totals_of(run.model, run.mesh)
-  wanted = config.eval_rows or loader.num_rows
-  num_batches = min(-(-wanted // loader.batch_size), loader.num_batches)
 
   def evaluate_params(params: Any) -> dict[str, float] | None:
     return evaluate(
       functools.partial(totals, params),
-      map(loader.batch, range(num_batches)),
+      loader.prefetch(0, num_batches - 1),
       run.tokenizer.token_bytes,
       stop=run.stop_evaluation,
     )
 
   return evaluate_params
-
-
-def score(
-  loaded: Any, workdir: pathlib.Path, source: str = ''
-) -> dict[str, float]:
-  """The figures of a working directory on its held-out split, or on `source`.
-
-  Args:
-    loaded: what `start.load` returns.
-    workdir: of the model.
-    source: as `data.source`; all of it is scored.
-
-  Raises:
-    UserError: the source cannot be read, or the run's own text has changed
-      since, and its tokens are not those of the model.
-  """
-  config = copy.deepcopy(loaded.config)
-  if not source:
-    return _score(loaded, config, workdir, data_dir(config, workdir))
-  config.data.source = config.data.heldout_source = source
-  config.data.tokenizer = str(pathlib.Path(workdir) / 'tokenizer')
-  with tempfile.TemporaryDirectory() as folder:
-    return _score(loaded, config, workdir, pathlib.Path(folder))
-
-
-def _score(
-  loaded: Any, config: Any, workdir: pathlib.Path, folder: pathlib.Path
-) -> dict[str, float]:
-  found = prepare.prepare(config, folder, _tell)
-  if found.content['tokenizer']['digest'] != loaded.tokenizer.digest:
-    raise UserError(
-      f'{config.data.source}: has changed since {workdir} was trained, and '
-      'gives another tokenizer; name the text to score with --source=PATH'
-    )
-  config.batch_size = -(-8 // loaded.mesh.size) * loaded.mesh.size
-  loader = open_rows(config, found.directory, 'heldout', loaded.model)
-  scores = evaluate(
-    functools.partial(totals_of(loaded.model, loaded.mesh), loaded.params),
-    loader.prefetch(0),
-    loaded.tokenizer.token_bytes,
-  )
-  assert scores is not None  # nothing stops it
-  return scores
-
-
-def _tell(text: str) -> None:
-  # Standard output is for the figures.
-  print(text, file=sys.stderr, flush=True)

@@ -16,11 +16,11 @@ import numpy as np
 
 from tpu_lm.data import chat, world, world_sums, world_tasks
 from tpu_lm.data.world_tasks import Question
-from tpu_lm.errors import UserError
 from tpu_lm.generate import answers, engine
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.start import Loaded
 
+READS_ROWS = False  # it asks its own questions
 _NEW = 32  # tokens: twice the longest answer
 
 
@@ -126,12 +126,3 @@ def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict[str, float]]:
   return lambda params: _figures(
     Loaded(run.config, run.tokenizer, run.model, params, 0, run.mesh), rows
   )
-
-
-def score(
-  loaded: Loaded, workdir: pathlib.Path, source: str = ''
-) -> dict[str, float]:
-  """The figures of a working directory; the questions are always the same."""
-  if source:
-    raise UserError('--source: evals=world_answers asks its own questions')
-  return _figures(loaded, pathlib.Path(workdir) / 'tokenizer')
