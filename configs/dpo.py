@@ -9,7 +9,10 @@ loss_type: sigmoid, ipo, hinge or robust; label_smoothing, beta. The reference's
 log-probabilities are computed once and kept; `stage.on_the_fly=true` computes
 them every step.
 
-Measured on 2 CPU cores: the quickstart's own form of it (100 steps, beta 0.3)
+Measured on 2 CPU cores, on 1,094 pairs (LLMs-from-scratch, a tenth held out),
+from SFT of a 0.9 M parameter base on books: held-out loss
+0.69 to 0.38, 86 % of the pairs ordered rightly after the 100 steps of `:tiny`,
+40 s. The quickstart's own form of it (100 steps, beta 0.3)
 wins 82 and 92 % of held-out questions over SFT, from two SFT models, 23 s.
 """
 

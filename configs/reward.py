@@ -8,7 +8,10 @@ Records are pairs: {"prompt", "chosen", "rejected"}, each text or messages, or
 is given. With `--config.data.rows=scored` the records are {"prompt",
 "completion", "score"}.
 
-Measured on 2 CPU cores: the quickstart's own form of it (200 steps of 8 x 256)
+Measured on 2 CPU cores, on 1,094 pairs (LLMs-from-scratch, a tenth held out),
+from SFT of a 0.9 M parameter base on books: held-out loss
+0.69 to 0.38, 89 % of the 118 held-out pairs ordered rightly (chance is 50 ± 5),
+a minute. The quickstart's own form of it (200 steps of 8 x 256)
 orders 94.5 % of held-out pairs rightly, 47 s.
 """
 
