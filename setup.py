@@ -28,6 +28,7 @@ setuptools.setup(
     'grain>=0.2.15',  # random-access data sets
     'jax>=0.10',
     'jinja2>=3.1',  # chat templates
+    'math-verify>=0.9',  # answers in LaTeX
     'ml-collections>=1.1',  # configurations
     'numpy>=2.0',
     'optax>=0.2.8',  # optimizers

@@ -2,16 +2,18 @@
 
 Shows rows of the first batch, with what is trained and what is masked, where
 documents begin and end, and the stop token; of pairs and ratings each record
-by itself. Then proves on this very configuration that loss and gradient do not
-depend on gradient accumulation, on the number of devices, or on which
-documents or records were packed into one row.
+by itself, of prompts what else their records hold. Then proves on this very
+configuration that loss and gradient do not depend on gradient accumulation, on
+the number of devices, or on which documents or records were packed into one
+row.
 """
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -19,11 +21,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from tpu_lm import models, run, sharding, stage, tokenizer, train
+from tpu_lm.data import loader as loaders
+from tpu_lm.data import prompts
+from tpu_lm.data.records import ASKING
 from tpu_lm.phases import Phases
 
 LOSS_TOLERANCE = 1e-5  # relative, float32
 GRADIENT_TOLERANCE = 1e-4  # of the gradient's norm
 _PARTS = (1, 2, 4, 8)
+_SHOWN = 100  # characters of a record's field
 
 
 class Colours(NamedTuple):
@@ -117,14 +123,47 @@ def _lines(
       yield f'{paint.bold}{name}{paint.plain}: {text}'
 
 
+def _known(prompt: prompts.Prompt) -> Iterator[tuple[str, str]]:
+  """The fields of a prompt's record that do not ask, in short."""
+  said = [message['content'] for message in prompt.messages]
+  for name, value in prompt.record.items():
+    is_text = isinstance(value, str)
+    asks = not is_text or any(value in text for text in said)
+    if value is None or (name in ASKING and asks):
+      continue
+    text = value if is_text else json.dumps(value, ensure_ascii=False)
+    text = ' '.join(text.split())
+    if len(text) > _SHOWN:  # many an answer stands at the end
+      text = f'{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}'
+    yield name, text
+
+
+def prompts_of(batches: loaders.Loader, step: int) -> list[prompts.Prompt]:
+  """The prompts of a batch of the training split; none of other rows."""
+  if batches.manifest.rows != 'prompts':
+    return []
+  found = prompts.Prompts(batches.manifest.directory, 'train')
+  return [found[number] for number in batches.row_numbers(step)]
+
+
 def show(
   batch: dict,
   tokens: Any,
   rows: int,
   out: TextIO,
   things: str = 'documents or pieces',
+  asked: Sequence[prompts.Prompt] = (),
 ) -> None:
-  """Prints the first rows of a batch, and how much of it is trained."""
+  """Prints the first rows of a batch, and how much of it is trained.
+
+  Args:
+    batch: columns.
+    tokens: the tokenizer.
+    rows: how many are shown.
+    out: where.
+    things: what is counted in a row.
+    asked: of rows of prompts, the prompt of each row.
+  """
   paint = Colours.of(out)
   if paint.plain:
     key = (
@@ -140,6 +179,8 @@ def show(
     print(f'\n{paint.bold}row {r}{paint.plain}', file=out)
     for line in _lines(batch, r, tokens, paint):
       print(line, file=out)
+    for name, text in _known(asked[r]) if asked else ():
+      print(f'{paint.bold}{name}{paint.plain}: {text}', file=out)
   segments = np.stack([batch[f'{p}segment_ids'] for p in prefixes])
   mask = np.stack([batch[f'{p}loss_mask'] for p in prefixes])
   same = (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] != 0)
@@ -152,6 +193,8 @@ def show(
     f'{segments.shape[1]} rows, {float((segments == 0).mean()):.1%} padding',
     file=out,
   )
+  if asked:
+    print('what is trained are the answers to them', file=out)
 
 
 def unpack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -290,9 +333,9 @@ def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   loader = run.open_rows(config, folder, 'train', model)
   batch = loader.batch(0)
   print()
-  is_text = loader.manifest.rows == 'text'
-  things = 'documents or pieces' if is_text else 'records'
-  show(batch, tokens, rows, sys.stdout, things)
+  things = {'text': 'documents or pieces', 'prompts': 'prompts'}
+  things = things.get(loader.manifest.rows, 'records')
+  show(batch, tokens, rows, sys.stdout, things, prompts_of(loader, 0))
   params = _random_params(model)
   made = stage.make(config.stage_name, model, lambda: params, config.stage)
   batch = prepared(made, params, batch)

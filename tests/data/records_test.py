@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpu_lm.data import records
-from tpu_lm.data.records import Chat, Pair, Rated
+from tpu_lm.data.records import Chat, Pair, Question, Rated
 
 USER = {'role': 'user', 'content': 'q'}
 GOOD = {'role': 'assistant', 'content': 'good'}
@@ -383,6 +383,85 @@ BAD = [
 def test_refusals(rows, record, line):
   with pytest.raises(ValueError, match=line) as caught:
     records.canonical(record, rows)
+  assert '\n' not in str(caught.value)
+
+
+QUESTIONS = [
+  ({'question': 'q', 'answer': '#### 1'}, 'question', [USER]),
+  ({'problem': 'q', 'solution': 's', 'level': 'Level 5'}, 'problem', [USER]),
+  ({'input': 'q', 'target': 43.0}, 'input', [USER]),
+  ({'prompt': b'q', 'test': 'x', 'input': '1'}, 'prompt', [USER]),
+  ({'prompt': [SYSTEM, USER], 'question': 'r'}, 'prompt', [SYSTEM, USER]),
+  (
+    {'prompt': json.dumps([USER]).encode(), 'level': np.int32(2)},
+    'prompt',
+    [USER],
+  ),
+  ({'system': 's', 'question': 'q'}, 'question', [SYSTEM, USER]),
+  ({'question': [SYSTEM, USER]}, 'question', [SYSTEM, USER]),
+  ({'question': 'q', 'choices': [], 'context': ''}, 'question', [USER]),
+  (
+    {'instruction': 'q', 'input': 'x', 'target': 1},
+    'instruction',
+    [{'role': 'user', 'content': 'q\n\nx'}],
+  ),
+  # Answers at the end are left out.
+  ({'messages': [USER, WORSE, USER, GOOD]}, 'messages', [USER, WORSE, USER]),
+  ({'messages': CALLED}, 'messages', CALLED[:3]),
+  ({'conversations': SHARE[:2]}, 'conversations', [USER]),
+  ({'prompt': 'q', 'completion': 'a', 'label': True}, 'prompt', [USER]),
+  # Of pairs, what the stages of pairs take for the prompt.
+  (PAIR, 'prompt/chosen/rejected', [USER]),
+  (
+    {
+      'prompt': 'q',
+      'chosen': [SYSTEM, USER, WORSE, USER, GOOD],
+      'rejected': [SYSTEM, USER, WORSE, USER, WORSE],
+    },
+    'prompt/chosen/rejected',
+    [SYSTEM, USER, WORSE, USER],
+  ),
+  (
+    {'chosen': [USER, GOOD], 'rejected': [USER, WORSE]},
+    'chosen/rejected',
+    [USER],
+  ),
+  ({'question': 'q', 'chosen': 'a', 'rejected': 'b'}, 'question', [USER]),
+]
+
+
+@pytest.mark.parametrize(('record', 'form', 'messages'), QUESTIONS)
+def test_questions(record, form, messages):
+  found = records.canonical({**record, 'tools': TOOLS}, 'prompts')
+  assert found == (form, Question(messages, TOOLS))
+  assert records.question(record) == Question(messages)
+
+
+NO_QUESTIONS = [
+  ({}, 'asks nothing, by none of prompt, .* it is empty'),
+  (
+    {'code': 'f', 'input': '1', 'output': '2'},
+    r'question, problem, input \(with target\); its fields are code, input',
+  ),
+  ({'question': None, 'answer': '1'}, 'its fields are answer'),
+  ({'question': 'q', 'choices': ['a']}, "has 'choices' beside 'question'"),
+  ({'problem': 'q', 'options': 'A) b'}, "has 'options' beside 'problem'"),
+  ({'question': 'q', 'context': 'c'}, "all that is asked into 'prompt'"),
+  ({'question': ''}, 'turn 1, of the user, is empty'),
+  ({'input': 3, 'target': 3}, r"'input' holds 3 \(int\), not text"),
+  ({'prompt': []}, "'prompt' asks nothing"),
+  ({'messages': [SYSTEM]}, "'messages' asks nothing"),
+  ({'messages': [GOOD]}, "'messages' asks nothing"),
+  ({'messages': [USER, USER]}, 'turn 2 is of the user, but after the user'),
+  ({'chosen': 'a', 'rejected': 'b'}, "has no 'prompt'"),
+  (['q'], 'must be a JSON object, not list'),
+]
+
+
+@pytest.mark.parametrize(('record', 'line'), NO_QUESTIONS)
+def test_what_asks_nothing(record, line):
+  with pytest.raises(ValueError, match=line) as caught:
+    records.canonical(record, 'prompts')
   assert '\n' not in str(caught.value)
 
 

@@ -6,14 +6,16 @@
     train-00000.tokens.npy     uint16, or uint32 for large vocabularies
     train-00000.segment_ids.npy  uint16; 0 is padding, documents count from 1
     heldout-00000.…
+    train.records.jsonl        where rows are prompts: a line a row (prompts.py)
+    train.records.npy          int64 [rows + 1]: where each begins
 
 Every array is [rows, length + 1]. A split of a mixture has its part's number
 before its name. A column `loss_mask` (bool) is there only where the mask is not
 simply "not padding". Rows of records have the columns of record_rows.py; those
 that are of the records, not of tokens, are [rows, slots]. The fingerprint
 covers what decides the batches (the rows, their order, tokenizer, length,
-packing, weights, kind of rows, chat template), not where they lie or what they
-were made from.
+packing, weights, kind of rows, chat template, records of prompts), not where
+they lie or what they were made from.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,10 +45,13 @@ class Shard(NamedTuple):
 
 
 class Split(NamedTuple):
+  """`records`, of prompts, are the files `lines` and `starts`."""
+
   part: str
   weight: float
   rows: int
   shards: list[Shard]
+  records: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,7 @@ class Manifest:
 
   @property
   def rows(self) -> str:
-    """The kind of rows: text, chat, pairs, rated or scored."""
+    """The kind of rows: text, chat, pairs, rated, scored or prompts."""
     records = 'records' in self.content
     return self.content['records']['rows'] if records else 'text'
 
@@ -96,7 +101,13 @@ class Manifest:
       shards = [Shard(**shard) for shard in described['shards']]
       if described['rows']:
         found.append(
-          Split(part['name'], part['weight'], described['rows'], shards)
+          Split(
+            part['name'],
+            part['weight'],
+            described['rows'],
+            shards,
+            described.get('records', {}),
+          )
         )
     return found
 
@@ -130,6 +141,13 @@ def fingerprint(content: dict[str, Any]) -> str:
   if 'records' in content:
     about = content['records']
     kept += [about[key] for key in ('rows', 'slots', 'template')]
+  beside = [
+    {split: {k: f['sha256'] for k, f in described['records'].items()}}
+    for part in content['parts']
+    for split, described in part['splits'].items()
+    if 'records' in described
+  ]
+  kept += [beside] if beside else []
   return digest([*kept, content['tokenizer']['digest'], parts])
 
 
@@ -149,30 +167,69 @@ def write_shards(
   return shards
 
 
+def write_lines(
+  directory: pathlib.Path, name: str, lines: Iterable[bytes]
+) -> dict[str, dict[str, Any]]:
+  """Writes lines, and where they begin, to be read by number.
+
+  Returns:
+    the {file, bytes, sha256} of `lines` and of `starts`.
+  """
+  starts = [0]
+
+  def write(out: '_Out') -> None:
+    for line in lines:
+      out.write(line + b'\n')
+      starts.append(starts[-1] + len(line) + 1)
+
+  return {
+    'lines': _written(directory / f'{name}.jsonl', write),
+    'starts': _write_array(
+      directory / f'{name}.npy', np.array(starts, np.int64)
+    ),
+  }
+
+
 def _write_array(path: pathlib.Path, array: np.ndarray) -> dict[str, Any]:
-  partial = path.with_name(f'{path.name}.tmp')
-  sha256 = hashlib.sha256()
-
-  class Out:
-    def write(self, data: Any) -> int:
-      sha256.update(data)
-      # Through a plain file, as numpy's own writing of arrays names no cause
-      # when the disk is full.
-      return file.write(data)
-
-  with partial.open('wb') as file:
-    out = Out()
+  def write(out: '_Out') -> None:
     np.lib.format.write_array_header_1_0(
       out, np.lib.format.header_data_from_array_1_0(array)
     )
     out.write(memoryview(np.ascontiguousarray(array)).cast('B'))
+
+  return _written(path, write)
+
+
+class _Out:
+  """A plain file, and the sha256 of what is written to it.
+
+  Not numpy's own writing of arrays, which names no cause when the disk is full.
+  """
+
+  def __init__(self, file: Any):
+    self._file = file
+    self.sha256 = hashlib.sha256()
+
+  def write(self, data: Any) -> int:
+    self.sha256.update(data)
+    return self._file.write(data)
+
+
+def _written(
+  path: pathlib.Path, write: Callable[[_Out], None]
+) -> dict[str, Any]:
+  """Writes a file in one atomic step; returns its {file, bytes, sha256}."""
+  partial = path.with_name(f'{path.name}.tmp')
+  with partial.open('wb') as file:
+    out = _Out(file)
+    write(out)
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)
   return {
     'file': path.name,
     'bytes': path.stat().st_size,
-    'sha256': sha256.hexdigest(),
+    'sha256': out.sha256.hexdigest(),
   }
 
 
@@ -238,8 +295,9 @@ def check(manifest: Manifest, contents: bool = False) -> None:
 
 
 def files(manifest: Manifest) -> Iterator[dict[str, Any]]:
-  """The {file, bytes, sha256} of every shard."""
+  """The {file, bytes, sha256} of all that holds rows or their records."""
   for split in SPLITS:
     for part in manifest.splits(split):
+      yield from part.records.values()
       for shard in part.shards:
         yield from shard.files.values()

@@ -24,6 +24,7 @@ SAY_EVERY = 10.0  # seconds between lines of progress
 TOLD = (
   ('empty_skipped', 'empty documents skipped'),
   ('bad_skipped', 'bad records skipped'),
+  ('prompts_repeated', 'prompts that were there before, kept'),
   ('records_cut', 'records longer than a row, their ends cut'),
   ('line_ends_changed', 'line ends changed from CR LF to LF'),
   ('byte_order_marks', 'byte-order marks taken away'),
@@ -179,7 +180,7 @@ class Preparation:
         'kind': data.tokenizer,
       },
       'length': data.length,
-      'packing': data.packing,
+      'packing': self.asked['packing'],
       'heldout': {'source': data.heldout_source}
       if data.heldout_source
       else self.rule._asdict(),

@@ -3,9 +3,10 @@
 Sources are read, divided into what is trained on and what is held out,
 tokenised, and packed into rows of one length, which are written as shards and,
 last of all, a manifest. Which kind of rows that is, the stage says: `text`
-(prepare_text.py), or records that stay whole: `chat`, `pairs`, `rated`,
-`scored` (prepare_records.py). The rows do not depend on the order of files or
-records. Nothing here imports TensorFlow, unless the source is read through it.
+(prepare_text.py), records that stay whole: `chat`, `pairs`, `rated`, `scored`
+(prepare_records.py), or `prompts` with their records (prepare_prompts.py). The
+rows do not depend on the order of files or records. Nothing here imports
+TensorFlow, unless the source is read through it.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from tpu_lm.data import (
   heldout,
   manifest,
   packing,
+  prepare_prompts,
   prepare_records,
   prepare_text,
   sources,
@@ -35,6 +37,7 @@ _NAMED = ('tfds', 'hf', 'seqio')
 # Keys of `data` that rows of text do not depend on, and rows of records.
 _NOT_TEXT = ('rows', 'chat_template')
 _NOT_RECORDS = ('field',)
+_KINDS = {'text': prepare_text.Text, 'prompts': prepare_prompts.Prompts}
 
 
 def prepare(
@@ -86,7 +89,7 @@ def prepare(
       shutil.rmtree(folder)
     try:
       folder.mkdir(parents=True)
-      kind = prepare_text.Text if rows == 'text' else prepare_records.Records
+      kind = _KINDS.get(rows, prepare_records.Records)
       return kind(data, folder, request, asked, report).run()
     except BaseException:
       shutil.rmtree(folder, ignore_errors=True)
@@ -113,6 +116,8 @@ def _asked(data: ConfigDict, rows: str) -> dict[str, Any]:
   """The keys of `data` that decide the rows."""
   left_out = _NOT_TEXT if rows == 'text' else _NOT_RECORDS
   kept = {k: v for k, v in data.items() if k not in ('dir', *left_out)}
+  if rows == 'prompts':
+    kept['packing'] = 'none'  # whatever it says, each has a row of its own
   return kept if rows == 'text' else kept | {'rows': rows}
 
 
@@ -125,7 +130,8 @@ def _kept(data: ConfigDict, asked: dict[str, Any]) -> dict[str, Any]:
     kept['tokenizer'] = tokenizer_lib.load(data.tokenizer).digest
   if 'rows' in asked:
     kept['chat_template'] = prepare_records.template(data).digest
-    kept['rows_format'] = prepare_records.FORMAT
+    kind = _KINDS.get(asked['rows'], prepare_records.Records)
+    kept['rows_format'] = kind.format
   return kept
 
 

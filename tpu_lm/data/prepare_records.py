@@ -52,7 +52,7 @@ def template(
   return chat.load(data.chat_template, tokenizer, folder)
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
   """A record as it was read; the three md5 are of its canonical JSON.
 
   Attributes:
@@ -60,10 +60,11 @@ class _Record(NamedTuple):
     form: how it was spelled.
     texts: (messages, first trained message, tools) of each token sequence.
     value: margin or score; 0 where there is none.
-    key: md5 of the whole.
+    key: md5 of the whole, or several, by which records are ordered.
     opening: md5 of what comes before the first answer.
     completion: md5 of what is rated.
     size: characters.
+    line: JSON of what is kept beside the rows; empty where nothing is.
   """
 
   origin: str
@@ -74,9 +75,10 @@ class _Record(NamedTuple):
   opening: bytes
   completion: bytes
   size: int
+  line: bytes = b''
 
 
-def _read(origin: str, raw: Mapping, rows: str, crlf: dict) -> _Record:
+def _read(origin: str, raw: Mapping, rows: str, crlf: dict) -> Record:
   """Brings a record into its canonical form.
 
   Args:
@@ -89,15 +91,15 @@ def _read(origin: str, raw: Mapping, rows: str, crlf: dict) -> _Record:
     ValueError: what is wrong with it, on one line.
   """
   form, record = records.canonical(raw, rows)
-  data = _json(record)
+  data = json_of(record)
   found = data.count(_CRLF)
   if found:
     record = type(record)(*_unix(list(record)))
-    data = _json(record)
+    data = json_of(record)
     crlf[origin] = found - data.count(_CRLF)  # a spelled \\r may stay
-  answers, value, completion = [[]], 0.0, None
-  if rows == 'chat':
-    before = record.messages
+  value, completion = 0.0, None
+  if rows in ('chat', 'prompts'):
+    before, answers = record.messages, [[]]
   else:
     before = record.prompt
     if rows == 'pairs':
@@ -107,27 +109,32 @@ def _read(origin: str, raw: Mapping, rows: str, crlf: dict) -> _Record:
       completion = record.completion
   first = 0 if rows == 'chat' else len(before)
   turns = itertools.takewhile(lambda turn: turn['role'] != 'assistant', before)
-  return _Record(
+  return Record(
     origin=origin,
     form=form,
     texts=[([*before, *answer], first, record.tools) for answer in answers],
     value=value,
-    key=_md5(data),
-    opening=_md5(_json(list(turns) or record)),
-    completion=_md5(_json(completion)),
+    key=md5(data),
+    opening=md5(json_of(list(turns) or record)),
+    completion=md5(json_of(completion)),
     size=len(data),
   )
 
 
-def _json(value: Any) -> bytes:
-  text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+def json_of(value: Any, sort_keys: bool = True) -> bytes:
+  """The value as one line of UTF-8.
+
+  Raises:
+    ValueError: it holds what cannot be written so.
+  """
+  text = json.dumps(value, sort_keys=sort_keys, ensure_ascii=False)
   try:
     return text.encode()
   except UnicodeEncodeError as error:
     raise ValueError(f'holds no valid text ({error})') from error
 
 
-def _md5(data: bytes) -> bytes:
+def md5(data: bytes) -> bytes:
   return hashlib.md5(data).digest()
 
 
@@ -140,11 +147,20 @@ def _unix(value: Any) -> Any:
   return [_unix(held) for held in value] if isinstance(value, list) else value
 
 
+def _rendered(sequences: list[Any]) -> list[Any]:
+  """The sequences; raises what there is in place of one."""
+  for found in sequences:
+    if isinstance(found, ValueError):
+      raise ValueError(f'{found}; mend it') from found
+  return sequences
+
+
 class Records(Preparation):
   """Rows of `chat`, `pairs`, `rated` or `scored`, which `asked` says."""
 
   things = 'record(s)'
   holds = 'records'
+  format = FORMAT
 
   def field(self) -> str:
     return ''
@@ -155,7 +171,21 @@ class Records(Preparation):
 
   @property
   def num_arrays(self) -> int:
-    return len(record_rows.PREFIXES[self.rows])
+    return len(self.prefixes)
+
+  @property
+  def prefixes(self) -> tuple[str, ...]:
+    """Of the columns of each array."""
+    return record_rows.PREFIXES[self.rows]
+
+  @property
+  def value_column(self) -> str:
+    """The column of what is of the records, not of their tokens, or ''."""
+    return record_rows.VALUES[self.rows]
+
+  def read(self, origin: str, raw: Mapping, crlf: dict) -> Record:
+    """A record in its canonical form; raises ValueError as `_read` does."""
+    return _read(origin, raw, self.rows, crlf)
 
   def samples(self) -> Iterable[str]:
     """What is said in the records that are trained on."""
@@ -203,7 +233,7 @@ class Records(Preparation):
         record_rows.Store(
           self.folder, prefix, np.uint16 if small else np.uint32
         )
-        for prefix in record_rows.PREFIXES[self.rows]
+        for prefix in self.prefixes
         if prefix != 'mismatched_'
       ]
       for store in self._stores:
@@ -217,11 +247,11 @@ class Records(Preparation):
 
   def _records(
     self, source: sources_lib.Source, reading: files.Reading
-  ) -> Iterator[_Record]:
+  ) -> Iterator[Record]:
     """The records that can be understood."""
     for origin, raw in source.records(reading):
       try:
-        found = _read(origin, raw, self.rows, reading.crlf)
+        found = self.read(origin, raw, reading.crlf)
       except ValueError as error:
         reading.refuse(f'{origin}: {error}; mend it, {files.SKIP}')
       else:
@@ -234,7 +264,7 @@ class Records(Preparation):
     reading = self.reading()
     openings: list[bytes] = []
     sound: list[bool] = []
-    batch: list[_Record] = []
+    batch: list[Record] = []
     size = 0
     for one in self._records(source, reading):
       batch.append(one)
@@ -252,31 +282,35 @@ class Records(Preparation):
       marks = ~marks
     self._held += marks[np.array(sound, bool)].tolist()
 
-  def _encode(self, batch: list[_Record], reading: files.Reading) -> list[bool]:
+  def _encode(self, batch: list[Record], reading: files.Reading) -> list[bool]:
     """Tokenises the records and empties `batch`; says which were sound."""
     sound = []
     for one, sequences in zip(batch, self._sequences(batch), strict=True):
       try:
-        laid = self._fitted(sequences)
+        laid = self._fitted(_rendered(sequences))
       except ValueError as error:
         reading.refuse(f'{one.origin}: {error}, {files.SKIP}')
         sound.append(False)
         continue
       sound.append(True)
-      for store, (ids, mask), size in zip(
-        self._stores, sequences, laid, strict=True
-      ):
-        store.add(ids, mask, size)
-      self._keys.append(one.key)
-      self._completions.append(one.completion)
-      self._values.append(one.value)
-      self._cut.append(any(s.laid[-1] < s.sizes[-1] for s in self._stores))
-      self.counts['forms'][one.form] += 1
-      self.counts['records_cut'] += self._cut[-1]
+      self._add(one, sequences, laid)
     batch.clear()
     return sound
 
-  def _sequences(self, batch: list[_Record]) -> Iterator[list[Any]]:
+  def _add(self, one: Record, sequences: list[Any], laid: list[int]) -> None:
+    """Takes a record of which rows take `laid` tokens."""
+    for store, (ids, mask), size in zip(
+      self._stores, sequences, laid, strict=True
+    ):
+      store.add(ids, mask, size)
+    self._keys.append(one.key)
+    self._completions.append(one.completion)
+    self._values.append(one.value)
+    self._cut.append(any(s.laid[-1] < s.sizes[-1] for s in self._stores))
+    self.counts['forms'][one.form] += 1
+    self.counts['records_cut'] += self._cut[-1]
+
+  def _sequences(self, batch: list[Record]) -> Iterator[list[Any]]:
     """The (ids, mask) pairs of each record, or why there is none."""
     texts = [text for one in batch for text in one.texts]
     encoded = iter(self.template.encode_batch(texts))
@@ -289,9 +323,6 @@ class Records(Preparation):
     Raises:
       ValueError: nothing is left to train on.
     """
-    for found in sequences:
-      if isinstance(found, ValueError):
-        raise ValueError(f'{found}; mend it') from found
     length = self.data.length
     laid = [record_rows.laid(mask, length) for _, mask in sequences]
     for (_, mask), size in zip(sequences, laid, strict=True):
@@ -314,8 +345,8 @@ class Records(Preparation):
     if not self._keys:
       return {}
     streams = [store.finish() for store in self._stores]
-    keys = np.frombuffer(b''.join(self._keys), '>u8').reshape(-1, 2)
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    keys = np.frombuffer(b''.join(self._keys), '>u8')
+    order = np.lexsort(keys.reshape(len(self._keys), -1).T[::-1])
     held = np.array(self._held)[order]
     plans = {}
     for split, chosen in zip(
@@ -323,7 +354,7 @@ class Records(Preparation):
     ):
       arrays = self._arrays(chosen, order, streams)
       sizes = record_rows.sizes(arrays)
-      plan = packing.whole(sizes, self.data.length, self.data.packing)
+      plan = packing.whole(sizes, self.data.length, self.asked['packing'])
       plans[split] = chosen, arrays, plan
     self._slots = max(
       int(plan.number.max(initial=0)) for _, _, plan in plans.values()
@@ -334,7 +365,7 @@ class Records(Preparation):
     self, chosen: np.ndarray, order: np.ndarray, streams: list[tuple]
   ) -> list[record_rows.Array]:
     """What the rows of these records are laid from; `order` is of all."""
-    prefixes = record_rows.PREFIXES[self.rows]
+    prefixes = self.prefixes
     arrays = [
       record_rows.array(prefix, store, stream, chosen)
       for prefix, store, stream in zip(
@@ -389,8 +420,8 @@ class Records(Preparation):
           total.update(self._counted(*laid))
           for name, column in zip(record_rows.COLUMNS, laid, strict=True):
             columns[array.prefix + name] = column
-        if name := record_rows.VALUES[self.rows]:
-          columns[name] = record_rows.values(
+        if self.value_column:
+          columns[self.value_column] = record_rows.values(
             numbers, plan, first, last, self._slots
           )
         yield columns

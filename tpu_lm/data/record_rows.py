@@ -6,6 +6,7 @@
           next record that has another one, by which KTO (arXiv 2402.01306,
           section 4.1) estimates its reference point; scores
   scored  tokens, segment_ids, loss_mask; scores
+  prompts tokens, segment_ids, loss_mask, which is nowhere true; one a row
 
 Arrays are [rows, length + 1], margins and scores float32 [rows, S], one entry
 a record of the row. Records number s of a row are segment s of its every array.
@@ -32,7 +33,8 @@ class Store:
   """Token sequences and their masks, end to end in two files.
 
   A sequence ends with its last trained token, even where it is longer than a
-  row; `laid` is how much of it a row takes.
+  row; `laid` is how much of it a row takes. One of which nothing is trained is
+  whole.
   """
 
   def __init__(self, folder: pathlib.Path, prefix: str, dtype: type):
@@ -45,12 +47,12 @@ class Store:
 
   def add(self, ids: np.ndarray, mask: np.ndarray, laid: int) -> None:
     trained = np.flatnonzero(mask)
-    size = int(trained[-1]) + 1
+    size = int(trained[-1]) + 1 if len(trained) else len(ids)
     self._files[0].write(ids[:size].astype(self._dtype).tobytes())
     self._files[1].write(mask[:size].tobytes())
     self.sizes.append(size)
     self.laid.append(laid)
-    self.begins.append(int(trained[0]))
+    self.begins.append(int(trained[0]) if len(trained) else size)
 
   def finish(self) -> tuple[np.ndarray, np.ndarray]:
     """The tokens and the mask of all sequences."""

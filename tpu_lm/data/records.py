@@ -4,7 +4,9 @@ A record is recognised by its fields and brought to one shape; FORMS lists
 what is known. Whatever would be trained wrongly in silence is refused: turns
 out of order, empty answers, a file of pairs where conversations are wanted.
 Messages are those of messages.py; single turns are those of Alpaca
-({"instruction", "input", "output"}) or {"prompt", "completion"}.
+({"instruction", "input", "output"}) or {"prompt", "completion"}. Records to be
+answered need ask only, by any of these or by {"question"}, {"problem"}, or
+{"input", "target"}.
 """
 
 import math
@@ -60,7 +62,13 @@ class Question(NamedTuple):
   tools: Tools = None
 
 
-KINDS = {'chat': Chat, 'pairs': Pair, 'rated': Rated, 'scored': Rated}
+KINDS = {
+  'chat': Chat,
+  'pairs': Pair,
+  'rated': Rated,
+  'scored': Rated,
+  'prompts': Question,
+}
 FORMS = (
   ('messages',),
   ('conversations',),
@@ -69,6 +77,13 @@ FORMS = (
   ('instruction', 'output'),
 )
 _PAIR = ('chosen', 'rejected')
+_CONVERSING = ('prompt', 'messages', 'conversations', 'instruction')
+# What asks where there is no conversation, and what must stand beside it: an
+# 'input' alone is mostly a part of a question.
+_ASKING = {'question': '', 'problem': '', 'input': 'target'}
+ASKING = (*_CONVERSING, *_ASKING, 'system', 'history', 'tools')
+# Parts of a question without which it cannot be answered.
+_NEEDED = ('choices', 'options', 'context', 'passage')
 _RATING = ('label', 'score')
 _SCORES = ('score_chosen', 'score_rejected')
 _STAGES = {
@@ -83,13 +98,13 @@ _STAGES = {
 
 def canonical(
   record: Mapping[str, Any], rows: str
-) -> tuple[str, Chat | Pair | Rated]:
+) -> tuple[str, Chat | Pair | Rated | Question]:
   """The name of a record's form, e.g. 'instruction/output', and the record.
 
   Args:
     record: as it was read. Values may be bytes or numpy's, and lists of
       messages may be JSON text; null is as if the field were not there.
-    rows: what is to be made of it: chat, pairs, rated or scored.
+    rows: what is to be made of it: chat, pairs, rated, scored or prompts.
 
   Raises:
     ValueError: one line that says what is wrong, without file and line.
@@ -100,6 +115,8 @@ def canonical(
       f'a record must be a JSON object, not {type(record).__name__}'
     )
   fields = _fields(record)
+  if rows == 'prompts':
+    return _question(fields)
   kind = _kind(fields)
   if rows == 'pairs':
     if kind in ('chat', 'rated'):
@@ -130,17 +147,46 @@ def question(record: Mapping[str, Any]) -> Question:
   Raises:
     ValueError: as `canonical` does.
   """
-  fields = _fields(record)
+  return _question(_fields(record))[1]
+
+
+def _question(fields: Mapping[str, Any]) -> tuple[str, Question]:
+  """The name of the field that asks, and the question."""
   form, turns = _prompt(fields)
-  if not turns or not form:
-    raise ValueError(_missing(fields, FORMS))
+  if not form:
+    form, turns = _asked(fields)
+  if form not in _ASKING and all(name in fields for name in _PAIR):
+    # Whole conversations begin before their 'prompt'.
+    form, pair = _pair(fields)
+    turns = pair.prompt
+  if not form:
+    there = f'its fields are {", ".join(fields)}' if fields else 'it is empty'
+    names = [name + f' (with {by})' * bool(by) for name, by in _ASKING.items()]
+    raise ValueError(
+      f'asks nothing, by none of {", ".join([*_CONVERSING, *names])}; {there}'
+    )
   while turns and turns[-1]['role'] == 'assistant':
     turns = turns[:-1]
   if not turns or turns[-1]['role'] == 'system':
     raise ValueError(f"'{form}' asks nothing")
   answer = {'role': 'assistant', 'content': 'any'}
   ordered([*turns, answer])
-  return Question(turns, _tools(fields))
+  return form, Question(turns, _tools(fields))
+
+
+def _asked(fields: Mapping[str, Any]) -> tuple[str, list[Message]]:
+  """What asks in a record without a conversation; '' where nothing does."""
+  for name, by in _ASKING.items():
+    if name not in fields or (by and by not in fields):
+      continue
+    for part in _NEEDED:
+      if fields.get(part):
+        raise ValueError(
+          f"has '{part}' beside '{name}', which alone may not be enough to "
+          "answer; write all that is asked into 'prompt'"
+        )
+    return name, _with_system(fields, _turns(fields, name, 'user'))
+  return '', []
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:

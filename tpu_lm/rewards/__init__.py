@@ -1,0 +1,1 @@
+"""Rewards, one a file: what an answer is worth. See `tpu_lm.scoring`."""
