@@ -19,6 +19,7 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['tpu_lm', 'tpu_lm.*']),
+  package_data={'tpu_lm.report': ['*.css', '*.js']},
   entry_points={'console_scripts': ['tpu_lm = tpu_lm.__main__:run']},
   install_requires=[
     'array-record>=0.8; platform_machine != "aarch64"',  # TFDS's offline rows
@@ -29,6 +30,7 @@ setuptools.setup(
     'jax>=0.10',
     'jinja2>=3.1',  # chat templates
     'math-verify>=0.9',  # answers in LaTeX
+    'markupsafe>=2.1',  # report.html
     'ml-collections>=1.1',  # configurations
     'numpy>=2.0',
     'optax>=0.2.8',  # optimizers

