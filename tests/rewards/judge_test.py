@@ -73,8 +73,9 @@ def test_what_cannot_be_read_is_asked_again_and_then_nan(server):
   replies = iter(['hm', 'well', '[[4]]', 'no', 'no', 'no'])
   server.answer = lambda _: next(replies)
   found, figures = scored(server, samples('a', 'b'), concurrency=1, retries=2)
-  # Each round asks what is still open: a and b, a and b, a and b.
-  assert [asked['temperature'] for asked in server.asked] == [0, 0, 0.7, 0.7, 0.7]
+  # The first round asks both, the second both, the third b alone.
+  heat = [asked['temperature'] for asked in server.asked]
+  assert heat == [0] * 2 + [0.7] * 3
   assert found[0].value == 0.4
   assert math.isnan(found[1].value)
   assert "no verdict in …'no'" in found[1].note
@@ -134,9 +135,7 @@ def test_pairwise_is_the_share_of_others_that_are_beaten(server):
   mixed = [first[0], second[0], first[1], first[2], second[1], first[3]]
   found, figures = scored(server, mixed, kind='pairwise')
   # e beats none; ee beats e; eee beats e and ee, and ties with eee.
-  np.testing.assert_allclose(
-    values(found), [0, 0, 2.5 / 3, 1 / 3, 1, 2.5 / 3]
-  )
+  np.testing.assert_allclose(values(found), [0, 0, 2.5 / 3, 1 / 3, 1, 2.5 / 3])
   assert found[2].note == 'won 2, tied 1, lost 0'
   # 6 pairs, of which eee:eee costs nothing, and equal ones are asked once:
   # e:eee, e:ee, eee:ee, ee:eee (swapped, hence known) and zz:'e e', twice.
@@ -167,6 +166,17 @@ def test_a_comparison_that_was_not_read_counts_for_none(server):
   assert figures['calls'] == 2 + 4 * 2
 
 
+def test_a_verdict_in_one_order_alone_is_none(server):
+  def rule(messages):
+    first = chat_server.texts(messages)[1]
+    return '[[A]]' if first == 'x' else 'hm'
+
+  server.answer = rule
+  found, figures = scored(server, samples('x', 'y'), kind='pairwise', retries=0)
+  assert all(math.isnan(value) for value in values(found))
+  assert figures['unread_share'] == 1
+
+
 def test_an_empty_answer_loses_without_a_call(server):
   found, figures = scored(server, samples('', 'z', ' '), kind='pairwise')
   assert values(found) == [0.25, 1.0, 0.25]
@@ -175,11 +185,11 @@ def test_an_empty_answer_loses_without_a_call(server):
 
 
 def test_a_single_answer_meets_its_reference(server):
-  found, _ = scored(
-    server, samples('eee', reference='ee'), kind='pairwise'
-  )
+  found, _ = scored(server, samples('eee', reference='ee'), kind='pairwise')
   assert values(found) == [1.0]
-  given = samples('e', reference='ee') + samples('z', prompt=OTHER, reference='z')
+  given = samples('e', reference='ee') + samples(
+    'z', prompt=OTHER, reference='z'
+  )
   assert values(scored(server, given, kind='pairwise')[0]) == [0.0, 0.5]
   with pytest.raises(UserError, match=r"no 'reference' to compare it with"):
     scored(server, samples('e'), kind='pairwise')
@@ -244,9 +254,7 @@ def test_mistakes_are_named(server, options, said):
 
 
 def test_it_is_a_reward_as_others_are(server):
-  text = (
-    f'judge(backend="{server.url}", model="m") + 0.5 * length(limit=100) '
-  )
+  text = f'judge(backend="{server.url}", model="m") + 0.5 * length(limit=100) '
   with scoring.parse(text) as scoring_:
     found = scoring_(samples('eeee', 'e'))
   assert found.values['judge'].tolist() == [0.4, 0.1]

@@ -1,0 +1,1 @@
+"""Models that are asked about answers: here, or behind an endpoint."""
