@@ -6,8 +6,10 @@
   python benchmarks/train_step.py --stage=dpo              another stage
 
 `sft` trains on packed conversations of the shape's rows; `dpo` and `reward` on
-8 pairs of 128 tokens (prompt 64, answer 64), as the peers' scripts do. Other
-keys: `--set KEY=VALUE`, e.g. `--set 'transforms=lora(rank=8)'`.
+8 pairs of 128 tokens (prompt 64, answer 64); a step of `grpo` answers 4 prompts
+of 32 tokens 8 times with 64 tokens and learns once from them, with a reference:
+as the peers' scripts do. Other keys: `--set KEY=VALUE`, e.g. `--set
+'transforms=lora(rank=8)'`.
 
 Trains a Llama-shaped model in float32 with AdamW, clipping, guards and packed
 rows of text that the generated world yields, through the same `Run` and
@@ -38,8 +40,9 @@ from tpu_lm.data import world
 from tpu_lm.phases import Phases
 
 _DOCUMENTS = 400  # some 100 kB of text
-_STAGES = ('pretrain', 'sft', 'dpo', 'reward')
+_STAGES = ('pretrain', 'sft', 'dpo', 'reward', 'grpo')
 _PAIR = (8, 128)  # pairs a step, tokens of a half
+_ANSWERS = (4, 8, 32, 64)  # prompts, answers to each, tokens of both
 
 
 def _texts() -> Iterator[str]:
@@ -50,16 +53,30 @@ def _conversations() -> Iterator[dict]:
   return world.conversations(0, 'train', 10 * _DOCUMENTS)
 
 
+def _letters(num_tokens: int) -> str:
+  return ''.join(random.choices(string.ascii_letters, k=num_tokens))
+
+
+def _prompts() -> Iterator[dict]:
+  """Prompts of 32 tokens by ChatML and one byte a token."""
+  for _ in range(_DOCUMENTS):
+    yield {'prompt': _letters(_ANSWERS[2] - 20), 'answer': ''}
+
+
 def _pairs() -> Iterator[dict]:
-  """Halves of 128 tokens by ChatML and one byte a token."""
-  random.seed(0)
-
-  def text(num_tokens: int) -> str:
-    return ''.join(random.choices(string.ascii_letters, k=num_tokens))
-
+  """Halves of 128 tokens."""
   for _ in range(_DOCUMENTS):
     # <|im_start|>user\n…<|im_end|>\n<|im_start|>assistant\n are 20 tokens.
-    yield {'prompt': text(44), 'chosen': text(63), 'rejected': text(63)}
+    chosen, rejected = _letters(63), _letters(63)
+    yield {'prompt': _letters(44), 'chosen': chosen, 'rejected': rejected}
+
+
+_RECORDS = {
+  'sft': _conversations,
+  'dpo': _pairs,
+  'reward': _pairs,
+  'grpo': _prompts,
+}
 
 
 def _write_source(stage: str, folder: pathlib.Path) -> pathlib.Path:
@@ -68,8 +85,9 @@ def _write_source(stage: str, folder: pathlib.Path) -> pathlib.Path:
     source.write_text('\n\n'.join(_texts()))
     return source
   source = folder / 'world.jsonl'
-  records = _conversations() if stage == 'sft' else _pairs()
-  source.write_text(''.join(json.dumps(r) + '\n' for r in records))
+  random.seed(0)
+  lines = [json.dumps(record) + '\n' for record in _RECORDS[stage]()]
+  source.write_text(''.join(lines))
   return source
 
 
@@ -95,6 +113,11 @@ def configuration(args: Any, folder: pathlib.Path):
   if args.stage in ('dpo', 'reward'):
     config.batch_size, config.data.length = _PAIR
     model.scalar_head = args.stage == 'reward'
+  if args.stage == 'grpo':
+    config.batch_size, group, config.data.length, num_new = _ANSWERS
+    config.stage.group, config.stage.max_new_tokens = group, num_new
+    config.stage.reward = "regex(pattern='e', limit=64)"
+    config.stage.beta = 0.04
   model.update(json.loads(args.model))
   for text in args.set:
     configs.override(config, *text.split('=', 1))
@@ -157,6 +180,8 @@ def main() -> None:
   num_tokens = rows * length
   if args.stage in ('dpo', 'reward'):
     num_tokens = 2 * math.prod(_PAIR)
+  if args.stage == 'grpo':
+    num_tokens = math.prod(_ANSWERS[:2]) * _ANSWERS[3]
   name = f'tpu_lm {args.stage} {"update" if args.bare else "loop"}'
   clock = protocol.Clock(name, args, num_tokens)
   devices.set_up()
@@ -168,6 +193,8 @@ def main() -> None:
     folder = pathlib.Path(folder)
     config = configuration(args, folder)
     run = TimedRun(config, folder / 'run', phases)
+    if run.sampler:
+      run.sampler.stop_ids = ()  # a model by chance would end some answers
     with jax.set_mesh(run.mesh):
       run.start_timing(clock, args.overhead)
       clock.restart()

@@ -5,13 +5,17 @@
     --config.init_from=runs/world
 
 Without a variant it pretrains; `sft`, `lora` and `qlora` start from that,
-`reward` and `dpo` from `sft`. `student` pretrains a model of half the size,
-and `distill` the same one with a teacher (`--config.stage.teacher=DIR`).
+`reward`, `dpo`, `ppo`, `grpo` and `gamed` from `sft`. `student` pretrains a
+model of half the size, and `distill` the same one with a teacher
+(`--config.stage.teacher=DIR`).
 """
 
 from tpu_lm import config as configs
 
-VARIANTS = ('sft', 'lora', 'qlora', 'reward', 'dpo', 'student', 'distill')
+VARIANTS = (
+  'sft', 'lora', 'qlora', 'reward', 'dpo', 'ppo', 'grpo', 'gamed', 'student',
+  'distill',
+)  # fmt: skip
 
 
 def _pretrain(config):
@@ -60,6 +64,15 @@ def _fine_tune(config, kind: str):
   config.optimizer.weight_decay = 0.0
 
 
+def _learn_from_rewards(config, kind: str):
+  _fine_tune(config, kind)
+  config.stage_name = 'grpo'
+  config.evals = ('rewards',)
+  config.batch_size = 16
+  config.log_every = 10
+  config.data.length = 96
+
+
 def get_config(variant: str = ''):
   configs.check_variant(variant, VARIANTS)
   config = configs.base()
@@ -90,8 +103,32 @@ def get_config(variant: str = ''):
     config.model.scalar_head = True
     config.steps = 200
     config.optimizer.learning_rate = 1e-3
+  if variant in ('ppo', 'gamed'):
+    _learn_from_rewards(config, 'preference')
+    config.stage.true_reward = "world(kind='reward')"
+    config.stage.max_new_tokens = 40
+    config.eval_rows = 64
+  if variant == 'ppo':
+    config.stage_name = 'ppo'
+    config.model.scalar_head = True
+    config.stage.group = 2
+    config.stage.beta = 0.1
+    config.steps = 50
+    config.optimizer.learning_rate = 2e-4
+  if variant == 'gamed':
+    config.stage.reward = "regex(pattern='Gladly|Of course|pleasure', limit=4)"
+    config.steps = 40
+    config.optimizer.learning_rate = 5e-4
+  if variant == 'grpo':
+    _learn_from_rewards(config, 'sums')
+    config.stage.reward = 'world'
+    config.stage.max_new_tokens = 16
+    config.stage.beta = 0.03
+    config.stage.group = 16
+    config.steps = 80
+    config.optimizer.learning_rate = 5e-4
   if variant == 'dpo':
-    config.steps = 100
+    config.steps = 120
     config.stage.beta = 0.3
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.learning_rate = 2e-4
   return config

@@ -11,6 +11,9 @@ FIGURES = {
   'sft': 'well_formed accuracy sums_accuracy',
   'reward': 'pair_accuracy',
   'dpo': 'win_rate kl',
+  'ppo': 'true_reward_before true_reward_after kl',
+  'grpo': 'exact_before exact_after pass8_before pass8_after',
+  'gamed': 'reward_before reward_after true_reward_before true_reward_after',
   'lora': 'relative_score trained_share',
   'qlora': 'relative_score trained_share',
   'distill': 'student_bits_per_byte baseline_bits_per_byte',
@@ -57,6 +60,10 @@ def test_quickstart_trains_shows_and_sums_up(
   assert summary['lora']['trained_share'] <= 0.03
   if 'qlora' in stages:
     assert summary['qlora']['base_bytes_per_parameter'] <= 0.6
+  answers = json.loads((tmp_path / 'answers.json').read_text())
+  told = {'untrained', *stages} - {'reward'}
+  assert set(answers['stages']) == told
+  assert 'bits per byte' in (tmp_path / 'report.html').read_text()
   shown = capsys.readouterr().out
   assert f'{figures["bits_per_byte"]:.4f}' in shown
   assert 'true entropy' in shown

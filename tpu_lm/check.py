@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_lm import models, run, sharding, stage, tokenizer, train
+from tpu_lm import models, rollouts, run, sharding, stage, tokenizer, train
 from tpu_lm.data import loader as loaders
 from tpu_lm.data import prompts
 from tpu_lm.data.records import ASKING
@@ -260,7 +260,9 @@ def differences(a: Result, b: Result) -> tuple[float, float]:
   )
   apart = sum(float(((x - y) ** 2).sum()) for x, y in leaves) ** 0.5
   size = sum(float((x**2).sum()) for x in jax.tree.leaves(a.gradient)) ** 0.5
-  return abs(a.loss - b.loss) / abs(a.loss), apart / size
+  # A loss of advantages is 0 or near it, a difference of larger numbers.
+  scale = max(abs(a.loss), 0.1)
+  return abs(a.loss - b.loss) / scale, apart / max(size, 1e-12)
 
 
 def _random_params(model: Any) -> Any:
@@ -337,7 +339,14 @@ def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   things = things.get(loader.manifest.rows, 'records')
   show(batch, tokens, rows, sys.stdout, things, prompts_of(loader, 0))
   params = _random_params(model)
-  made = stage.make(config.stage_name, model, lambda: params, config.stage)
+  with jax.set_mesh(_mesh(1)):
+    sampler = None
+    if loader.manifest.rows == 'prompts':
+      sampler = rollouts.Rollouts(model, tokens, folder, _mesh(1))
+      batch |= rollouts.numbers(loader, 0)
+    made = stage.make(
+      config.stage_name, model, lambda: params, config.stage, sampler
+    )
   batch = prepared(made, params, batch)
   paint = Colours.of(sys.stdout)
   print(

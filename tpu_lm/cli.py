@@ -38,7 +38,11 @@ def train(args: argparse.Namespace, overrides: list) -> int:
 
 
 def prepare(args: argparse.Namespace, overrides: list) -> int:
-  """Reads, tokenises and packs the data of a configuration."""
+  """Tokenises and packs data, or writes them by a constitution."""
+  if args.constitution:
+    return _by_constitution(args, overrides)
+  if not args.config:
+    raise UserError('prepare: give --config=FILE, or --constitution=FILE')
   config = _config(args, overrides)
   if not (args.workdir or config.data.dir):
     raise UserError('prepare: give --workdir=DIR or --config.data.dir=DIR')
@@ -46,6 +50,24 @@ def prepare(args: argparse.Namespace, overrides: list) -> int:
   from tpu_lm.data import prepare as preparing
 
   preparing.prepare(config, run.data_dir(config, args.workdir))
+  return 0
+
+
+def _by_constitution(args: argparse.Namespace, overrides: list) -> int:
+  _no_overrides(overrides)
+  for name in ('backend', 'source', 'to'):
+    if not getattr(args, name):
+      raise UserError(f'prepare: --constitution needs --{name} too')
+  from tpu_lm import constitution, devices
+
+  devices.set_up()
+  names = (
+    'backend', 'source', 'model', 'key_env', 'judge', 'judge_model',
+    'judge_key_env', 'max_calls', 'max_tokens', 'limit', 'kind', 'rounds',
+    'seed', 'temperature', 'max_new_tokens',
+  )  # fmt: skip
+  chosen = {name: getattr(args, name) for name in names}
+  constitution.prepare(args.to, principles=args.constitution, **chosen)
   return 0
 
 
@@ -193,7 +215,13 @@ def _sampler(args: argparse.Namespace):
 
   if not 0 <= args.seed < 2**32:
     raise UserError(f'--seed={args.seed}: must be from 0 to 2**32 - 1')
-  return sampler.Sampler(args.temperature, args.top_k, args.top_p)
+  return sampler.Sampler(
+    args.temperature,
+    args.top_k,
+    args.top_p,
+    args.min_p,
+    args.repetition_penalty,
+  )
 
 
 def _config(args: argparse.Namespace, overrides: list):
@@ -291,6 +319,13 @@ _SAMPLING = (
   _option('--temperature', '0: the likeliest', type=float, default=0.8),
   _option('--top_k', '0: no limit', type=int, default=0),
   _option('--top_p', '1: no limit', type=float, default=1.0),
+  _option(
+    '--min_p',
+    "share of the likeliest token's probability; 0: no limit",
+    type=float,
+    default=0.0,
+  ),
+  _option('--repetition_penalty', '1: none', type=float, default=1.0),
   _option('--seed', 'the same gives the same text', type=int, default=0),
 )
 _STOP = _option(
@@ -315,6 +350,36 @@ _PROMPTS = _option(
   'records with prompts or conversations: as data.source',
   required=True,
 )
+_OPTIONAL = {'required': False, 'default': ''}
+_CONSTITUTION = (
+  _option(
+    '--constitution', 'principles by which answers are revised', default=''
+  ),
+  _option(
+    '--backend', 'what answers: a working directory, or http://…', default=''
+  ),
+  _option('--model', 'its name at an endpoint', default=''),
+  _option('--key_env', 'the environment variable with its key', default=''),
+  _option('--judge', 'what prefers, as --backend; the same', default=''),
+  _option('--judge_model', 'its name at an endpoint', default=''),
+  _option(
+    '--judge_key_env', 'the environment variable with its key', default=''
+  ),
+  _option('--source', 'records with prompts', default=''),
+  _option('--to', 'a new folder', type=_path, default=None),
+  _option(
+    '--kind',
+    'sft: revised answers, pairs: preferences, or both',
+    default='both',
+  ),
+  _option('--rounds', 'of revision', type=_number(int, 1), default=1),
+  _option('--limit', 'prompts; 0: all', type=_number(int, 0), default=0),
+  _option('--max_calls', 'in all; 0: any', type=_number(int, 0), default=0),
+  _option('--max_tokens', 'in all; 0: any', type=_number(int, 0), default=0),
+  _option('--max_new_tokens', 'of a reply', type=_number(int, 1), default=512),
+  _option('--temperature', 'of answers and revisions', type=float, default=1.0),
+  _option('--seed', 'of all that is drawn', type=_number(int, 0), default=0),
+)
 # What a user types, the function, its options.
 COMMANDS = {
   'quickstart': (quickstart, [_folder('runs/quickstart')]),
@@ -327,7 +392,10 @@ COMMANDS = {
   'eval': (evaluate, [_folder(None), _SOURCE, _BASE]),
   'merge': (merge, [_folder(None), _TO, _BASE]),
   'report': (report, [_folder(None), _PAGE]),
-  'prepare': (prepare, [_CONFIG, _folder('')]),
+  'prepare': (
+    prepare,
+    [(_CONFIG[0], _CONFIG[1] | _OPTIONAL), _folder(''), *_CONSTITUTION],
+  ),
   'check': (check, [_CONFIG, _folder('runs/check'), _ROWS, _DEVICES]),
   'drill': (drill, [_CONFIG, _folder(None), _KILLS]),
   'doctor': (doctor, []),

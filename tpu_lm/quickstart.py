@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from tpu_lm import workdir
+from tpu_lm import report, workdir
 from tpu_lm.progress import duration
 from tpu_lm.quickstart_stages import STAGES, Life, Outcome
 
@@ -53,9 +53,12 @@ def execute(
     outcomes[name] = stage(life)
     figures = {name: outcome.figures for name, outcome in outcomes.items()}
     workdir.write_json(directory / 'summary.json', figures)
+  workdir.write_json(directory / 'answers.json', life.answers(outcomes))
+  page = report.write(directory)
   print(f'\n{_table(outcomes)}')
   spent = duration(time.perf_counter() - start)
-  print(f'  {spent} in all; figures in {directory / "summary.json"}\n')
+  print(f'  {spent} in all; figures in {directory / "summary.json"},')
+  print(f'  the whole story in {page}\n')
   print('Go on with your own text:')
   print(
     '  .venv/bin/tpu_lm train --config=configs/pretrain.py:tiny '

@@ -6,7 +6,10 @@ the user reads above it.
 
 import pathlib
 import textwrap
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import jax
 
 from tpu_lm import config as configs
 from tpu_lm import metrics, run, start, weights
@@ -64,6 +67,11 @@ class Life:
       raise SystemExit(0)  # stopped by a signal; what is done is saved
     return last
 
+  def heldout(self, name: str) -> list[dict]:
+    """The held-out lines of its metrics, the first of before it was trained."""
+    lines = metrics.read(self.folder(name) / 'metrics.jsonl')
+    return [line for line in lines if line['split'] == 'heldout']
+
   def loaded(self, name: str) -> start.Loaded:
     if name not in self._loaded:
       self._loaded[name] = start.load(self.folder(name))
@@ -80,6 +88,27 @@ class Life:
         self.loaded(name), self.template(name)
       )
     return self._asked[name]
+
+  def answers(self, names: Iterable[str]) -> dict:
+    """What these stages say to the same prompts, for the report."""
+    questions = world_answers.questions()
+    shown = range(0, len(questions), len(questions) // 12)
+    stages = {'untrained': self._untrained().texts}
+    for name in names:
+      if name != 'reward':  # it judges
+        stages[name] = self.asked(name).texts
+    return {
+      'prompts': [questions[i].text for i in shown],
+      'expected': [questions[i].reply for i in shown],
+      'stages': {k: [texts[i] for i in shown] for k, texts in stages.items()},
+    }
+
+  def _untrained(self) -> world_answers.Asked:
+    loaded = self.loaded('pretrain')
+    fresh = loaded.model.init_params(jax.random.key(loaded.config.seed))
+    return world_answers.ask(
+      loaded._replace(params=fresh), self.template('pretrain')
+    )
 
 
 def _samples(loaded: start.Loaded) -> None:
@@ -138,8 +167,7 @@ def pretrain(life: Life) -> Outcome:
   figures = {
     'bits_per_byte': found,
     'true_bits_per_byte': true,
-    'accuracy': known.facts,
-    'sums_accuracy': known.sums,
+    **known.figures(),
     'seconds': last['seconds'],
     'tokens_per_second': speed,
     'tokens': step['tokens'],
@@ -150,8 +178,7 @@ def pretrain(life: Life) -> Outcome:
       ('held-out bits per byte', f'{found:.4f}'),
       ('true entropy of that text', f'{true:.4f}'),
       ('above the floor by', f'{found / true - 1:.1%}'),
-      ('held-out questions right, bare', f'{known.facts:.1%}'),
-      ('held-out sums right, bare', f'{known.sums:.1%}'),
+      ('held-out questions right, bare', f'{known.every:.1%}'),
       ('tokens read', f'{step["tokens"]:,}'),
       ('tokens a second (median)', f'{speed:,.0f}'),
       ('time', duration(last['seconds'])),
@@ -167,15 +194,17 @@ def sft(life: Life) -> Outcome:
   return Outcome(
     {
       'well_formed': asked.well_formed,
-      'accuracy': asked.right.facts,
-      'sums_accuracy': asked.right.sums,
+      **asked.right.figures(),
       'reward': float(asked.rewards.mean()),
       'seconds': last['seconds'],
     },
     [
       ('answers of the asked form', f'{asked.well_formed:.1%}'),
-      ('held-out questions right', f'{asked.right.facts:.1%}'),
-      ('held-out sums right', f'{asked.right.sums:.1%}'),
+      ('held-out questions right', f'{asked.right.every:.1%}'),
+      (
+        'look-ups and sums of these',
+        f'{asked.right.facts:.1%} and {asked.right.sums:.1%}',
+      ),
       ('time', duration(last['seconds'])),
     ],
   )
@@ -212,7 +241,7 @@ def dpo(life: Life) -> Outcome:
       'tie_rate': ties,
       'kl': kl,
       'reward': float(after.mean()),
-      'accuracy': life.asked('dpo').right.facts,
+      'accuracy': life.asked('dpo').right.every,
       'seconds': last['seconds'],
     },
     [
@@ -231,14 +260,13 @@ def _adapted(life: Life, name: str) -> Outcome:
   trainable, frozen = weights.partition(loaded.params, loaded.config.trainable)
   whole = weights.count(life.loaded('pretrain').params)
   share = weights.count(trainable) / whole
-  full, found = life.asked('sft').right.facts, life.asked(name).right.facts
+  full, found = (life.asked(x).right.every for x in ('sft', name))
   relative = found / full if full else 0.0
   return Outcome(
     {
       'relative_score': relative,
       'trained_share': share,
-      'accuracy': life.asked(name).right.facts,
-      'sums_accuracy': life.asked(name).right.sums,
+      **life.asked(name).right.figures(),
       'well_formed': life.asked(name).well_formed,
       'base_bytes_per_parameter': weights.num_bytes(frozen) / whole,
       'seconds': last['seconds'],
@@ -291,7 +319,95 @@ def distill(life: Life) -> Outcome:
   )
 
 
+def ppo(life: Life) -> Outcome:
+  """Reinforcement by the reward model, watched by the true rule."""
+  judge = f"model(workdir='{life.folder('reward')}')"
+  own = {'init_from': life.folder('sft'), 'stage.reward': judge}
+  last = life.train('ppo', own)
+  before, after = (life.asked(x).rewards.mean() for x in ('sft', 'ppo'))
+  kl = world_answers.divergence(
+    life.loaded('ppo'), life.loaded('sft'), life.template('ppo')
+  )
+  return Outcome(
+    {
+      'true_reward_before': float(before),
+      'true_reward_after': float(after),
+      'kl': kl,
+      'reward_before': life.heldout('ppo')[0]['reward'],
+      'reward_after': last['reward'],
+      'accuracy': life.asked('ppo').right.every,
+      'seconds': last['seconds'],
+    },
+    [
+      ('true reward, sft to ppo', f'{before:.2f} to {after:.2f}'),
+      ('KL from sft, nats an answer', f'{kl:.2f}'),
+      ('time', duration(last['seconds'])),
+    ],
+  )
+
+
+def grpo(life: Life) -> Outcome:
+  """Sums that no conversation showed, by exact rewards alone."""
+  last = life.train('grpo', {'init_from': life.folder('sft')})
+  first = life.heldout('grpo')[0]
+  figures = {
+    f'{name}_{when}': line[name]
+    for name in ('exact', 'pass8')
+    for when, line in (('before', first), ('after', last))
+  }
+  return Outcome(
+    figures | {'seconds': last['seconds']},
+    [
+      (
+        'held-out sums of three right, greedily',
+        f'{first["exact"]:.1%} to {last["exact"]:.1%}',
+      ),
+      (
+        'right in one of 8 samples',
+        f'{first["pass8"]:.1%} to {last["pass8"]:.1%}',
+      ),
+      ('time', duration(last['seconds'])),
+    ],
+  )
+
+
+def gamed(life: Life) -> Outcome:
+  """A reward made to be cheated (for polite words), and the true one."""
+  last = life.train('gamed', {'init_from': life.folder('sft')})
+  first = life.heldout('gamed')[0]
+  figures = {
+    f'{name}_{when}': line[name]
+    for name in ('reward', 'true_reward')
+    for when, line in (('before', first), ('after', last))
+  }
+  return Outcome(
+    figures | {'seconds': last['seconds']},
+    [
+      (
+        'the reward trained for',
+        f'{first["reward"]:.2f} to {last["reward"]:.2f}',
+      ),
+      (
+        'the true reward beside it',
+        f'{first["true_reward"]:.2f} to {last["true_reward"]:.2f}',
+      ),
+      ('time', duration(last['seconds'])),
+    ],
+  )
+
+
 STAGES = {
   stage.__name__: stage
-  for stage in (pretrain, sft, reward, dpo, lora, qlora, distill)
+  for stage in (
+    pretrain,
+    sft,
+    reward,
+    dpo,
+    ppo,
+    grpo,
+    gamed,
+    lora,
+    qlora,
+    distill,
+  )
 }

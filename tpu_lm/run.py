@@ -28,6 +28,7 @@ from tpu_lm import (
   metrics,
   models,
   optim,
+  rollouts,
   sharding,
   stage,
   start,
@@ -91,6 +92,7 @@ class Run:
     self.checkpoints = checkpoint.Checkpoints(
       workdir / 'checkpoints', keep=config.checkpoint.keep
     )
+    self.sampler = self._sampler(rows)
     with phases('init'), jax.set_mesh(self.mesh):
       self.first_step, self.state, self.frozen = self._start(report)
       self.stage = self.make_stage()
@@ -207,7 +209,25 @@ class Run:
 
   def make_stage(self) -> stage.Stage:
     return stage.make(
-      self.config.stage_name, self.model, self.starting, self.config.stage
+      self.config.stage_name,
+      self.model,
+      self.starting,
+      self.config.stage,
+      self.sampler,
+    )
+
+  def _sampler(self, rows: pathlib.Path) -> rollouts.Rollouts | None:
+    """What answers the prompts of a stage that learns from its own answers."""
+    if self.loader.manifest.rows != 'prompts':
+      return None
+    return rollouts.Rollouts(
+      self.model,
+      self.tokenizer,
+      rows,
+      self.mesh,
+      workdir=self.workdir,
+      phases=self.phases,
+      microbatches=self.config.microbatches,
     )
 
   def starting(self) -> Any:
@@ -245,7 +265,10 @@ class Run:
 
   def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
     for step, rows in enumerate(self.loader.prefetch(first), first):
-      yield rows | self.kept.columns(self.loader, step)
+      rows |= self.kept.columns(self.loader, step)
+      if self.sampler:
+        rows |= rollouts.numbers(self.loader, step)
+      yield rows
 
   def put(self, rows: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return sharding.put_batch(rows, self.mesh)
@@ -378,6 +401,8 @@ class Run:
 
   def close(self) -> None:
     """Waits for what is still being written."""
+    if self.sampler:
+      self.sampler.close()
     with self.phases('save'):
       self.checkpoints.close()
     self.writer.close()

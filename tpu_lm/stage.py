@@ -88,13 +88,36 @@ def find(package: str, name: str, key: str) -> Any:
   return importlib.import_module(f'{package}.{name}')
 
 
-def check_hparams(make: Callable, hparams: dict, prefix: str) -> None:
-  """Refuses keys and types that the keyword arguments of `make` have not."""
-  schema = {
+def _keywords(make: Callable) -> dict[str, Any]:
+  """The keyword arguments of `make`, with their defaults."""
+  return {
     name: parameter.default
     for name, parameter in inspect.signature(make).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
   }
+
+
+def _arguments(make: Callable, hparams: dict) -> dict[str, Any]:
+  """What `make` is called with: keys of a tuple go into the tuple."""
+  given = {}
+  for name, default in _keywords(make).items():
+    if hasattr(default, '_fields'):
+      own = {key: hparams[key] for key in default._fields if key in hparams}
+      given[name] = default._replace(**own)
+    elif name in hparams:
+      given[name] = hparams[name]
+  return given
+
+
+def check_hparams(make: Callable, hparams: dict, prefix: str) -> None:
+  """Refuses keys and types that the keyword arguments of `make` have not.
+
+  A NamedTuple among their defaults stands for its fields.
+  """
+  schema = {}
+  for name, default in _keywords(make).items():
+    many = hasattr(default, '_fields')
+    schema |= default._asdict() if many else {name: default}
   for name, value in hparams.items():
     if name not in schema:
       raise UserError(
@@ -112,7 +135,11 @@ def check_hparams(make: Callable, hparams: dict, prefix: str) -> None:
 
 
 def make(
-  name: str, model: Any, start: Callable[[], Params], hparams: dict
+  name: str,
+  model: Any,
+  start: Callable[[], Params],
+  hparams: dict,
+  sampler: Any = None,
 ) -> Stage:
   """Makes the stage `stages/NAME.py`.
 
@@ -122,10 +149,14 @@ def make(
     start: returns the parameters that the stage starts from. They may be
       kept; only stages with a reference call it, since it may cost a copy.
     hparams: the section `stage` of the configuration.
+    sampler: a `rollouts.Rollouts`, for a stage whose `make` takes it third.
   """
   module = find('tpu_lm.stages', name, 'stage_name')
   check_hparams(module.make, hparams, 'stage')
-  return module.make(model, start, **hparams)
+  given = _arguments(module.make, hparams)
+  if takes(name, 'sampler'):
+    return module.make(model, start, sampler, **given)
+  return module.make(model, start, **given)
 
 
 def rows_of(config: Any) -> str:
@@ -178,20 +209,34 @@ def hidden_states(model: Any, params: Params, rows: Batch) -> jax.Array:
 
 
 def token_logps(
-  model: Any, params: Params, rows: Batch
+  model: Any,
+  params: Params,
+  rows: Batch,
+  temperature: float = 1.0,
+  hidden_BLD: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probabilities of the targets, in nats, and which of them count.
+
+  Args:
+    model: the network.
+    params: its parameters.
+    rows: columns, as above.
+    temperature: of the softmax.
+    hidden_BLD: what `hidden_states` gives, where that is known already.
 
   Returns:
     (logps_BL, weights_BL), float32; both 0 where there is no target.
   """
   weights_BL = target_weights(rows)
+  if hidden_BLD is None:
+    hidden_BLD = hidden_states(model, params, rows)
   logps_BL = cross_entropy.token_logps(
-    hidden_states(model, params, rows),
+    hidden_BLD,
     transformer.head(params),
     rows['tokens'][:, 1:],
     mask_BL=weights_BL > 0,
     soft_cap=model.config.logit_soft_cap,
+    temperature=temperature,
   )
   return logps_BL, weights_BL
 

@@ -1,13 +1,15 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
+from tpu_lm import sharding
 from tpu_lm.errors import UserError
 from tpu_lm.generate import engine
-from tpu_lm.generate.sampler import Sampler
+from tpu_lm.generate.sampler import Sampler, log_probabilities
 from tpu_lm.models import transformer
 
 SHAPES = {
@@ -59,20 +61,107 @@ def full_logps(model, params, tokens):
   return np.asarray(forward(model, params, padded))[0, : len(tokens)]
 
 
-@pytest.mark.parametrize('shape', SHAPES)
-def test_decoding_agrees_with_the_full_pass(shape):
+def check_logps(model, params, asked, found, sampler=Sampler(), atol=1e-4):  # noqa: B008
+  """Compares log-probabilities of tokens with those of the full pass."""
+  for prompt, completion in zip(asked, found, strict=True):
+    count = len(completion.tokens)
+    whole = full_logps(model, params, prompt + completion.tokens)
+    rows = whole[len(prompt) - 1 : len(prompt) - 1 + count]
+    at = np.arange(count), completion.tokens
+    np.testing.assert_allclose(completion.logps, rows[at], atol=atol)
+    sampled = np.asarray(log_probabilities(jnp.array(rows), sampler))
+    np.testing.assert_allclose(completion.sampled_logps, sampled[at], atol=atol)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'copies'),
+  [*((shape, 1) for shape in SHAPES), ('grouped', 3), ('windows', 3)],
+)
+def test_decoding_agrees_with_the_full_pass(shape, copies):
   model, params = make(shape)
   asked = prompts(1, 7, 16, 3)
-  found = engine.generate(model, params, asked, 14)
-  for prompt, completion in zip(asked, found, strict=True):
-    assert len(completion.tokens) == len(completion.logps) == 14
-    assert not completion.finished
-    whole = full_logps(model, params, prompt + completion.tokens)
-    expected = [
-      whole[len(prompt) - 1 + i, token]
-      for i, token in enumerate(completion.tokens)
-    ]
-    np.testing.assert_allclose(completion.logps, expected, atol=1e-4)
+  found = engine.generate(model, params, asked, 14, copies=copies)
+  assert all(len(c.tokens) == 14 and not c.finished for c in found)
+  asked = [prompt for prompt in asked for _ in range(copies)]
+  check_logps(model, params, asked, found)
+
+
+def test_log_probabilities_are_those_of_what_was_drawn_from():
+  model, params = make('windows')
+  sampler, asked = Sampler(0.6, top_k=20, top_p=0.9, min_p=0.01), prompts(3, 9)
+  found = engine.generate(model, params, asked, 12, sampler)
+  check_logps(model, params, asked, found, sampler)
+  assert found[0].sampled_logps != found[0].logps
+  (greedy,) = engine.generate(model, params, asked[:1], 5, GREEDY)
+  assert greedy.sampled_logps == [0.0] * 5
+
+
+@pytest.mark.parametrize('shape', ['grouped', 'windows'])
+def test_samples_of_a_prompt_are_those_of_separate_prompts(shape):
+  model, params = make(shape)
+  asked = prompts(4, 11, 6)
+  apart = engine.generate(
+    model, params, [p for p in asked for _ in range(4)], 12, seed=1
+  )
+  shared = engine.generate(model, params, asked, 12, seed=1, copies=4)
+  assert [c.tokens for c in shared] == [c.tokens for c in apart]
+  state = engine.start(model, params, asked, 12, Sampler(), copies=4)
+  slots = state.cache.layers[1]
+  # Four prompts of 16 tokens are kept once, and 16 rows have 16 slots.
+  assert slots.prefix_k.size == slots.k.size / 4
+
+
+def test_sliding_layers_keep_only_their_window():
+  model, params = make('windows')
+  state = engine.start(model, params, prompts(15, 9), 40, Sampler())
+  assert [s.k.shape[-1] for s in state.cache.layers] == [5, 64]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'copies'), [('grouped', 1), ('windows', 1), ('plain', 2)]
+)
+def test_a_cache_in_8_bits_is_close(shape, copies):
+  model, params = make(shape)
+  asked = prompts(12, 5)
+  found = engine.generate(
+    model, params, asked, 14, copies=copies, quantised_cache=True
+  )
+  asked = [prompt for prompt in asked for _ in range(copies)]
+  check_logps(model, params, asked, found, atol=0.15)
+  state = engine.start(
+    model, params, asked, 14, Sampler(), quantised_cache=True
+  )
+  assert (
+    state.cache.layers[0].k.dtype == state.cache.layers[0].v.dtype == 'int8'
+  )
+
+
+def test_each_sequence_has_its_length_and_its_stop_tokens():
+  model, params = make()
+  asked = prompts(4, 11, 6, 2)
+  free = engine.generate(model, params, asked, 16, seed=5)
+  stops = [[], [free[1].tokens[4]], [free[2].tokens[2], 36], []]
+  most = [16, 16, 1, 5]
+  found = engine.generate(model, params, asked, most, stop_ids=stops, seed=5)
+  for i, (whole, cut) in enumerate(zip(free, found, strict=True)):
+    ends = [j for j, token in enumerate(whole.tokens) if token in stops[i]]
+    count = min([ends[0] + 1 if ends else 16, most[i]])
+    assert cut.tokens == whole.tokens[:count]
+    assert cut.finished == (bool(ends) and ends[0] < most[i])
+    assert len(cut.logps) == len(cut.sampled_logps) == count
+
+
+def test_repeated_tokens_are_penalised():
+  model, params = make()
+  (prompt,) = prompts(6)
+  sampler = Sampler(temperature=0, repetition_penalty=1e6)
+  (found,) = engine.generate(model, params, [prompt], 20, sampler)
+  # Nothing comes again: neither of the prompt nor of what was generated.
+  assert len({*prompt, *found.tokens}) == len({*prompt}) + 20
+  raw = full_logps(model, params, prompt + found.tokens)
+  np.testing.assert_allclose(
+    found.logps, raw[np.arange(5, 25), found.tokens], atol=1e-4
+  )
 
 
 def test_greedy_takes_the_likeliest_token():
@@ -170,18 +259,23 @@ def test_few_programs_are_compiled():
   assert len(num_programs) == 1
 
 
-def test_a_sharded_model_generates_the_same():
-  if jax.device_count() < 2:
-    pytest.skip('one device')
-  model, params = make('grouped')
+@pytest.mark.parametrize(('axes', 'copies'), [
+  ({'data': 2, 'fsdp': 2, 'tensor': 2}, 1), ({'fsdp': 8}, 1),
+  ({'fsdp': 2, 'tensor': 2}, 4),
+], ids=str)  # fmt: skip
+def test_a_sharded_model_generates_the_same(axes, copies):
+  if jax.device_count() < 8:
+    pytest.skip('too few devices')
+  model, params = make('windows')
   asked = prompts(5, 9, 2)
-  expected = engine.generate(model, params, asked, 8, GREEDY)
-  mesh = jax.make_mesh((2,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  found = engine.generate(
-    model, jax.device_put(params, place), asked, 8, GREEDY
-  )
+  expected = engine.generate(model, params, asked, 8, seed=1, copies=copies)
+  mesh = tiny.mesh(**axes)
+  sharded = jax.device_put(params, sharding.shardings_of(params, mesh))
+  with jax.set_mesh(mesh):
+    found = engine.generate(model, sharded, asked, 8, seed=1, copies=copies)
   assert [c.tokens for c in found] == [c.tokens for c in expected]
+  asked = [prompt for prompt in asked for _ in range(copies)]
+  check_logps(model, params, asked, found)
 
 
 def test_users_mistakes_are_named():

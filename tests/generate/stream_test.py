@@ -89,7 +89,7 @@ def test_the_stream_is_the_completion(tokenizer, model_and_params):
   sampler = Sampler(top_k=20)
   ids = [tokenizer.eot_id, *tokenizer.encode('and ')]
   (expected,) = engine.generate(
-    model, params, [ids], 40, sampler, [tokenizer.eot_id], seed=4
+    model, params, [ids], 40, sampler, [tokenizer.eot_id], seed=7
   )
   pieces = list(
     stream(
@@ -99,7 +99,7 @@ def test_the_stream_is_the_completion(tokenizer, model_and_params):
       'and ',
       max_new_tokens=40,
       sampler=sampler,
-      seed=4,
+      seed=7,
     )
   )
   text = tokenizer.decode(expected.tokens)
@@ -115,7 +115,7 @@ def test_the_stream_is_the_completion(tokenizer, model_and_params):
     'and ',
     max_new_tokens=40,
     sampler=sampler,
-    seed=4,
+    seed=7,
     stop=[stop],
   )
   assert ''.join(pieces) == text[: text.index(stop)]

@@ -11,7 +11,7 @@ import tiny
 
 from tpu_lm import models, weights
 from tpu_lm.errors import UserError
-from tpu_lm.models import rope, transformer
+from tpu_lm.models import ring, rope, transformer
 
 # Presets, and switches that no preset of this size turns on by itself.
 VARIANTS = {
@@ -239,7 +239,7 @@ def test_decoding_with_a_cache_is_the_whole_forward_pass(variant):
   def step(params, tokens, positions, cache):
     return model.apply({'params': params}, tokens, positions, None, cache)
 
-  cache = transformer.init_cache(model.config, 2, tiny.LENGTH + 2)
+  cache = ring.init_cache(model.config, 2, tiny.LENGTH + 2)
   positions = np.broadcast_to(np.arange(6), (2, 6))
   x, cache = step(params, tokens[:, :6], positions, cache)
   np.testing.assert_allclose(x, whole[:, :6], atol=1e-5)

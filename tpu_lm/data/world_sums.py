@@ -45,9 +45,9 @@ def operations() -> tuple[list[tuple[str, tuple[int, ...]]], list[int]]:
     for operands in pairs:
       options.append((operation, operands))
       weights.append(15 if max(operands) <= 10 else 1)
-  for a in range(1, 5):
-    for b in range(1, 5):
-      for c in range(1, 5):
+  for a in range(1, 6):
+    for b in range(1, 6):
+      for c in range(1, 6):
         options.append(('plus', (a, b, c)))
         weights.append(5)
   return options, weights

@@ -405,13 +405,21 @@ def problems(
   split: str,
   num_problems: int,
   levels: tuple[int, ...] = LEVELS,
+  kinds: tuple[str, ...] = (),
 ) -> Iterator[dict[str, Any]]:
-  """Yields verifiable problems, the levels in turn.
+  """Yields verifiable problems, the levels in turn; `kinds` () are all.
 
   Within a level every question of the split comes once before one comes
   again, so a few hundred problems are distinct.
   """
-  asked = {level: questions(seed, split, (level,)) for level in levels}
+  asked = {
+    level: [
+      q
+      for q in questions(seed, split, (level,))
+      if not kinds or q.kind in kinds
+    ]
+    for level in levels
+  }
   order: dict[int, list[int]] = {level: [] for level in levels}
   for i in range(num_problems):
     level = levels[i % len(levels)]

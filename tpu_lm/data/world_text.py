@@ -132,7 +132,11 @@ class Tale:
       [getattr(self, kind) for kind in KINDS], list(KINDS.values())
     )
     self._speakers = Choice([p.name for p in world.people])
-    asked = world_tasks.questions_of(world, 'train', (1,))
+    asked = [
+      q
+      for q in world_tasks.questions_of(world, 'train', (1, 3))
+      if q.level == 1 or q.kind in world_sums.SIGNS
+    ]
     self._replies = {q.text: q.reply for q in asked}
     self._quiz_facts, self._quiz_sums = (
       Choice([q.text for q in asked if (q.kind in world_sums.SIGNS) == is_sum])
@@ -331,7 +335,7 @@ class Tale:
       told += 1
 
   def quiz(self, teller: Teller) -> None:
-    """Questions that conversations may ask, each with its answer."""
+    """Questions with answers: what conversations ask, and longer sums."""
     marks = teller.choose(QUIZ_MARKS)
     if marks is None:  # two people talk
       marks = [teller.choose(self._speakers) + ': ' for _ in range(2)]

@@ -11,6 +11,7 @@ Importing this module also registers the dataset, so that afterwards
   chat        id, messages: `world.conversations`
   preference  id, prompt, chosen, rejected: `world.preferences`
   problems    id, prompt, answer, kind, level: `world.problems`
+  sums        the same, of three numbers each, which no conversation shows
 
 `messages` and `prompt` are JSON: a list of {"role", "content"}.
 """
@@ -32,12 +33,14 @@ GENERATORS = {
   'chat': world.conversations,
   'preference': world.preferences,
   'problems': world.problems,
+  'sums': lambda *a: world.problems(*a, levels=(3,), kinds=('plus',)),
 }
 FIELDS = {
   'text': ('id', 'text', 'bits'),
   'chat': ('id', 'messages'),
   'preference': ('id', 'prompt', 'chosen', 'rejected'),
   'problems': ('id', 'prompt', 'answer', 'kind', 'level'),
+  'sums': ('id', 'prompt', 'answer', 'kind', 'level'),
 }
 NUMBERS = {'bits': np.float32, 'level': np.int32}
 SIZES = {  # train, held out
@@ -45,6 +48,7 @@ SIZES = {  # train, held out
   'chat': (4_000, 400),
   'preference': (4_000, 400),
   'problems': (2_000, 400),
+  'sums': (200, 50),  # each of them once
 }
 
 

@@ -36,8 +36,14 @@ def _prompt(q: Question) -> list[dict[str, str]]:
 class Right(NamedTuple):
   """Shares of right answers, in [0, 1]."""
 
+  every: float  # of all questions
   facts: float  # of look-ups
   sums: float
+
+  def figures(self) -> dict[str, float]:
+    """As summaries name them."""
+    names = 'accuracy', 'facts_accuracy', 'sums_accuracy'
+    return dict(zip(names, self, strict=True))
 
 
 def _right(texts: Sequence[str]) -> Right:
@@ -46,7 +52,8 @@ def _right(texts: Sequence[str]) -> Right:
     problem = {'prompt': _prompt(q), 'kind': q.kind, 'answer': q.answer}
     is_sum = q.kind in world_sums.SIGNS
     found[is_sum].append(world.check(problem, text))
-  return Right(float(np.mean(found[False])), float(np.mean(found[True])))
+  shares = map(np.mean, (found[False] + found[True], found[False], found[True]))
+  return Right(*map(float, shares))
 
 
 def knowledge(loaded: Loaded) -> Right:
@@ -115,8 +122,7 @@ def _figures(loaded: Loaded, folder: pathlib.Path) -> dict[str, float]:
   found = ask(loaded, chat.load('', loaded.tokenizer, folder))
   return {
     'well_formed': found.well_formed,
-    'accuracy': found.right.facts,
-    'sums_accuracy': found.right.sums,
+    **found.right.figures(),
     'reward': float(found.rewards.mean()),
   }
 

@@ -157,7 +157,7 @@ def _stream(
     model, params, [ids], max_new_tokens, sampler, stop_ids, seed
   )
   while True:
-    tokens, _, finished = engine.completions(state, 1)[0]
+    tokens, _, finished, _ = engine.completions(state, 1)[0]
     shown = stops.push(text.push(tokens[num_read:]))
     if shown:
       yield shown

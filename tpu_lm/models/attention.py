@@ -16,8 +16,10 @@ Kernels:
   auto     cudnn where it applies, else chunked.
 
 What stands at tokens of segment 0, NaN included, reaches neither the output
-(0 there) nor any gradient. Without segment ids, as with a cache, keys and
-values that are not seen must still be finite.
+(0 there) nor any gradient. Without segment ids, keys and values that are not
+seen must still be finite.
+
+Decoding has an attention of its own: ring.py.
 """
 
 import functools

@@ -22,11 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from tpu_lm import sharding, weights
-from tpu_lm.models import attention, rope
-
-# {'k': [N,B,G,S,K], 'v': [N,B,G,S,K]}; slot s holds position s. Heads stand
-# before slots: decoding read the other order 2 to 4 times slower on a CPU.
-Cache = Any
+from tpu_lm.models import attention, ring, rope
+from tpu_lm.models.ring import Cache
 
 # What the backward pass may keep instead of computing again.
 REMAT = {
@@ -200,6 +197,17 @@ class Block(nn.Module):
       init = nn.initializers.normal(config.init_std)
     return held(self, name, init, shape)
 
+  @property
+  def is_packed(self) -> bool:
+    """Whether its matrices are those of generate/packed.py."""
+    return self.has_variable('params', 'packed')
+
+  def product(self, name: str, x_BLX: jax.Array) -> jax.Array:
+    """`x_BLX` times a packed matrix."""
+    return self.get_variable('params', 'packed')[name].product(
+      x_BLX.astype(self.dtype)
+    )
+
   def normed(self, name: str, x: jax.Array) -> jax.Array:
     config = self.config
     start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
@@ -208,7 +216,13 @@ class Block(nn.Module):
 
 
 class Attention(Block):
-  """Grouped-query attention (arXiv 2305.13245) with RoPE."""
+  """Grouped-query attention (arXiv 2305.13245) with RoPE.
+
+  Returns, beside its output, what is kept: the keys and values if it `keeps`
+  them, the slots if it was given a cache of this one layer, else None.
+  """
+
+  keeps: bool = False
 
   @nn.compact
   def __call__(
@@ -218,9 +232,19 @@ class Attention(Block):
     dim, head = config.dim, config.head_size
     h_BLD = self.normed('norm', x_BLD)
 
+    joint = {}
+    if self.is_packed:
+      y = self.product('qkv', h_BLD)
+      y = y.reshape(*y.shape[:2], -1, head)
+      ends = config.num_heads, config.num_heads + config.kv_heads
+      joint = dict(zip('qkv', jnp.split(y, ends, axis=2), strict=True))
+
     def project(name: str, heads: int) -> jax.Array:
-      weight = self.matrix(name, (dim, heads, head))
-      y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
+      if joint:
+        y = joint[name]
+      else:
+        weight = self.matrix(name, (dim, heads, head))
+        y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
       if config.qkv_bias:
         bias = nn.initializers.zeros
         y = y + self.param(f'{name}_bias', bias, (heads, head)).astype(y.dtype)
@@ -229,46 +253,41 @@ class Attention(Block):
       return y if name == 'v' else rope.rotate(y, cos, sin)
 
     q_BLHK = project('q', config.num_heads)
-    k_BSGK = project('k', config.kv_heads)
-    v_BSGK = project('v', config.kv_heads)
-    segment_ids, positions = None, None
-    if cache is not None:
-      cache = {
-        'k': _write(cache['k'], k_BSGK, positions_BL[:, 0]),
-        'v': _write(cache['v'], v_BSGK, positions_BL[:, 0]),
-      }
-      k_BSGK, v_BSGK = (cache[name].swapaxes(1, 2) for name in 'kv')
-      slots_BS = jnp.arange(k_BSGK.shape[1])[None]
-      positions = (positions_BL, slots_BS)
-    elif segment_ids_BL is not None:
-      segment_ids = (segment_ids_BL, segment_ids_BL)
-    out_BLHK = attention.attend(
-      q_BLHK,
-      k_BSGK,
-      v_BSGK,
-      segment_ids=segment_ids,
-      positions=positions,
-      window=window,
-      soft_cap=config.attention_soft_cap,
-      scale=config.query_scale or head**-0.5,
-      implementation=config.attention,
-    )
-    weight = self.matrix('o', (config.num_heads, head, dim), output=True)
-    y_BLD = weights.einsum('BLHK,HKD->BLD', out_BLHK, weight, self.dtype)
+    k_BLGK = project('k', config.kv_heads)
+    v_BLGK = project('v', config.kv_heads)
+    rule = {
+      'window': window,
+      'soft_cap': config.attention_soft_cap,
+      'scale': config.query_scale or head**-0.5,
+    }
+    if cache is None:
+      segment_ids = None
+      if segment_ids_BL is not None:
+        segment_ids = (segment_ids_BL, segment_ids_BL)
+      out_BLHK = attention.attend(
+        q_BLHK,
+        k_BLGK,
+        v_BLGK,
+        segment_ids=segment_ids,
+        implementation=config.attention,
+        **rule,
+      )
+      slots = (k_BLGK, v_BLGK) if self.keeps else None
+    else:
+      (slots,), clock, prefix_B = cache
+      at = positions_BL[:, 0] if clock is None else clock
+      slots = ring.write(slots, k_BLGK, v_BLGK, at)
+      out_BLHK = ring.read(
+        q_BLHK, slots, positions_BL, at, prefix_B=prefix_B, **rule
+      )
+    if joint:
+      y_BLD = self.product('o', out_BLHK.reshape(*out_BLHK.shape[:2], -1))
+    else:
+      weight = self.matrix('o', (config.num_heads, head, dim), output=True)
+      y_BLD = weights.einsum('BLHK,HKD->BLD', out_BLHK, weight, self.dtype)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
-    return y_BLD, cache
-
-
-def _write(cache_BGSK, new_BLGK, start_B):
-  """Writes new keys or values into the slots from `start_B` on."""
-
-  def row(cache_GSK, new_GLK, start):
-    return jax.lax.dynamic_update_slice(
-      cache_GSK, new_GLK.astype(cache_GSK.dtype), (0, start, 0)
-    )
-
-  return jax.vmap(row)(cache_BGSK, new_BLGK.swapaxes(1, 2), start_B)
+    return y_BLD, slots
 
 
 class Mlp(Block):
@@ -279,13 +298,18 @@ class Mlp(Block):
     config = self.config
     dim, hidden = config.dim, config.hidden_dim
     h_BLD = self.normed('norm', x_BLD)
-    gate = self.matrix('gate', (dim, hidden))
-    up = self.matrix('up', (dim, hidden))
-    down = self.matrix('down', (hidden, dim), output=True)
-    a_BLF = weights.einsum('BLD,DF->BLF', h_BLD, gate, self.dtype)
-    b_BLF = weights.einsum('BLD,DF->BLF', h_BLD, up, self.dtype)
-    c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
-    y_BLD = weights.einsum('BLF,FD->BLD', c_BLF, down, self.dtype)
+    if self.is_packed:
+      a_BLF, b_BLF = jnp.split(self.product('gate_up', h_BLD), 2, axis=-1)
+      c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
+      y_BLD = self.product('down', c_BLF)
+    else:
+      gate = self.matrix('gate', (dim, hidden))
+      up = self.matrix('up', (dim, hidden))
+      a_BLF = weights.einsum('BLD,DF->BLF', h_BLD, gate, self.dtype)
+      b_BLF = weights.einsum('BLD,DF->BLF', h_BLD, up, self.dtype)
+      down = self.matrix('down', (hidden, dim), output=True)
+      c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
+      y_BLD = weights.einsum('BLF,FD->BLD', c_BLF, down, self.dtype)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
     return y_BLD
@@ -295,25 +319,28 @@ class Layer(nn.Module):
   """One layer of the scan. `scanned` is what differs between layers."""
 
   config: Config
+  keeps: bool = False
 
   @nn.compact
   def __call__(self, x_BLD, scanned, positions_BL, segment_ids_BL, angles):
     cache, window = scanned
     local, whole = angles
-    if window is None:  # all layers are alike, and the window is static
-      window = self.config.windows[0] or None
+    if window is None:  # all layers are alike
+      window = self.config.windows[0]
+    if isinstance(window, int):  # static
+      window = window or None
       angle = local if window else whole
     else:
       angle = jax.tree.map(
         lambda a, b: jnp.where(window > 0, a, b), local, whole
       )
       window = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
-    y_BLD, cache = Attention(self.config, name='attention')(
+    y_BLD, kept = Attention(self.config, self.keeps, name='attention')(
       x_BLD, *angle, positions_BL, segment_ids_BL, window, cache
     )
     x_BLD = x_BLD + y_BLD
     x_BLD = x_BLD + Mlp(self.config, name='mlp')(x_BLD)
-    return sharding.constrain_activations(x_BLD), cache
+    return sharding.constrain_activations(x_BLD), kept
 
 
 def _angles(config: Config, positions_BL: jax.Array):
@@ -321,6 +348,11 @@ def _angles(config: Config, positions_BL: jax.Array):
   head, local = config.head_size, config.rope_local_theta
   whole = rope.sinusoids(positions_BL, head, config.rope_theta, config.scaling)
   return rope.sinusoids(positions_BL, head, local) if local else whole, whole
+
+
+def _layer(stack: Any, n: int) -> Any:
+  """The parameters of layer `n`."""
+  return jax.tree.map(lambda leaf: leaf[n], stack)
 
 
 class Transformer(nn.Module):
@@ -335,6 +367,7 @@ class Transformer(nn.Module):
     positions_BL: jax.Array | None = None,
     segment_ids_BL: jax.Array | None = None,
     cache: Cache | None = None,
+    keeps: bool = False,
   ):
     """Applies the network.
 
@@ -342,12 +375,13 @@ class Transformer(nn.Module):
       tokens_BL: int ids, each below `config.vocab_size`.
       positions_BL: int positions for RoPE; by default 0, 1, … in each row.
       segment_ids_BL: int; a token sees earlier tokens of its own segment.
-      cache: keys and values of earlier tokens (`init_cache`); each row's
-        tokens must then stand at consecutive positions, and see all slots
-        up to their own position.
+      cache: of earlier tokens (`init_cache`); each row's tokens must then
+        stand at consecutive positions, and see all before them.
+      keeps: whether the keys and values of all layers are returned.
 
     Returns:
-      hidden_BLD after the final norm; with a cache, (hidden_BLD, new cache).
+      hidden_BLD after the final norm; with a cache, (hidden_BLD, new cache);
+      if it keeps them, (hidden_BLD, (k_NBLGK, v_NBLGK)).
     """
     config = self.config
     dtype = jnp.dtype(config.dtype)
@@ -365,6 +399,20 @@ class Transformer(nn.Module):
       x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
     x_BLD = sharding.constrain_activations(x_BLD)
     angles = _angles(config, positions_BL)
+    if cache is None:
+      x_BLD, kept = self._scanned(
+        x_BLD, positions_BL, segment_ids_BL, angles, keeps
+      )
+    else:
+      x_BLD, kept = self._unrolled(x_BLD, positions_BL, angles, cache)
+    start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
+    scale = self.param('final_norm', start, (config.dim,))
+    x_BLD = rms_norm(x_BLD, scale, config.norm_eps, config.norm_plus_one)
+    return x_BLD if cache is None and not keeps else (x_BLD, kept)
+
+  def _scanned(self, x_BLD, positions_BL, segment_ids_BL, angles, keeps):
+    """The layers as one scan."""
+    config = self.config
     windows_N = None
     if len(set(config.windows)) > 1:
       windows_N = jnp.array(config.windows, jnp.int32)
@@ -383,13 +431,30 @@ class Transformer(nn.Module):
       length=config.num_layers,
       unroll=unroll,
     )
-    x_BLD, cache = stack(config, name='layers')(
-      x_BLD, (cache, windows_N), positions_BL, segment_ids_BL, angles
+    return stack(config, keeps, name='layers')(
+      x_BLD, (None, windows_N), positions_BL, segment_ids_BL, angles
     )
-    start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
-    scale = self.param('final_norm', start, (config.dim,))
-    x_BLD = rms_norm(x_BLD, scale, config.norm_eps, config.norm_plus_one)
-    return x_BLD if cache is None else (x_BLD, cache)
+
+  def _unrolled(self, x_BLD, positions_BL, angles, cache: Cache):
+    """The layers one by one: their caches may differ in size."""
+    config = self.config
+    layers = self.get_variable('params', 'layers')
+    kept = []
+    for n, window in enumerate(config.windows):
+      # A stack, or a tuple of layers (`generate.packed`).
+      one = layers[n] if isinstance(layers, tuple) else _layer(layers, n)
+      x_BLD, slots = Layer(config, parent=None).apply(
+        {'params': one},
+        x_BLD,
+        (cache._replace(layers=cache.layers[n : n + 1]), window),
+        positions_BL,
+        None,
+        angles,
+      )
+      kept.append(slots)
+    clock = cache.clock
+    clock = None if clock is None else clock + x_BLD.shape[1]
+    return x_BLD, cache._replace(layers=tuple(kept), clock=clock)
 
   def init_params(self, key: jax.Array):
     """A fresh parameter tree; trace it to create it sharded."""
@@ -404,21 +469,15 @@ def head(params) -> jax.Array:
 
 def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
   """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
-  table = sharding.replicate_columns(head(params))
-  result = jnp.einsum(
-    '...D,VD->...V',
-    hidden,
-    table.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  if 'packed_head' in params:  # generate/packed.py
+    result = params['packed_head'].product(hidden, jnp.float32)
+  else:
+    table = sharding.replicate_columns(head(params))
+    result = jnp.einsum(
+      '...D,VD->...V',
+      hidden,
+      table.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
   cap = config.logit_soft_cap
   return cap * jnp.tanh(result / cap) if cap else result
-
-
-def init_cache(config: Config, batch: int, length: int) -> Cache:
-  """An empty cache for `batch` rows of up to `length` tokens."""
-  shape = (
-    config.num_layers, batch, config.kv_heads, length, config.head_size,
-  )  # fmt: skip
-  zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-  return {'k': zeros, 'v': zeros}

@@ -17,7 +17,17 @@ _GROUPS = (
   ('Bits per byte', ('bits_per_byte',)),
   (_GAMED, ('reward', 'true_reward')),
   ('Each reward alone', ('reward/',)),
-  ('Right answers', ('accuracy', 'sums_accuracy', 'well_formed', 'exact')),
+  (
+    'Right answers',
+    (
+      'accuracy',
+      'facts_accuracy',
+      'sums_accuracy',
+      'well_formed',
+      'exact',
+      'pass8',
+    ),
+  ),
   ('Rewards of a pair', ('chosen_reward', 'rejected_reward', 'margin')),
   ('Certainty', ('confidence', 'brier')),
   ('KL from the reference', ('kl',)),

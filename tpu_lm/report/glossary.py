@@ -31,6 +31,9 @@ METRICS = {
     'True reward', 'What the world’s own rule gives the same answers.'
   ),
   'accuracy': Metric('Accuracy', 'Share that is right.', 'percent'),
+  'facts_accuracy': Metric(
+    'Look-ups right', 'Share of look-ups right.', 'percent'
+  ),
   'sums_accuracy': Metric('Sums right', 'Share of sums right.', 'percent'),
   'well_formed': Metric(
     'Well formed', 'Share that is one sentence and stops by itself.', 'percent'
@@ -128,6 +131,7 @@ def _against(stage: str, name: str, test: Any) -> Any:
 
 
 _TIME = Figure('Wall clock of the stage.', 'seconds')
+_RIGHT = Figure('Share of all held-out questions answered right.', 'percent')
 _FACTS = Figure(
   'Share of held-out questions about people and towns answered right.',
   'percent',
@@ -166,7 +170,7 @@ FIGURES = {
   'sft.well_formed': _FORMED._replace(
     target='at least 95%', reached=_at_least(0.95)
   ),
-  'sft.accuracy': _FACTS._replace(
+  'sft.accuracy': _RIGHT._replace(
     target='what the base model knows, or more',
     reached=_against('pretrain', 'accuracy', lambda a, b: a >= b),
   ),
@@ -241,7 +245,8 @@ FIGURES = {
 }
 _ANYWHERE = {
   'seconds': _TIME,
-  'accuracy': _FACTS,
+  'accuracy': _RIGHT,
+  'facts_accuracy': _FACTS,
   'sums_accuracy': _SUMS,
   'well_formed': _FORMED,
   'reward': _REWARD,

@@ -1,0 +1,68 @@
+"""Group-relative policy optimisation, and its relatives without a value.
+
+Columns: row, step, both int32 [B]; answers are sampled (rollouts.py).
+Prepared: tokens, loss_mask, segment_ids, positions, all [N, L+1], a row an
+answer; advantages [N]; old_logps, sampler_logps, reference_logps [N, L].
+
+Each prompt is answered `group` times, and an answer's advantage is its reward
+over the group's mean (advantages.py); the loss is policy.py's, whose head says
+which keys make GRPO, DAPO, Dr. GRPO, GSPO, CISPO and RLOO. Defaults are those
+of GRPO (DeepSeekMath, arXiv 2402.03300) with means over tokens, no KL and no
+reference, as is usual since DAPO (arXiv 2503.14476). `resample` is DAPO's
+dynamic sampling: groups without variance make way for other prompts.
+Log-probabilities are those at the sampling temperature, so that every ratio is
+1 before the first update; there is no top-p, which would break that.
+"""
+
+from tpu_lm import advantages, meters, policy, rollouts, stage
+from tpu_lm.stage import Stage, require
+
+ROWS = ('prompts',)
+_SAMPLING, _OBJECTIVE = rollouts.Sampling(), policy.Objective()
+
+
+def make(
+  model,
+  start,
+  sampler,
+  *,
+  sampling: rollouts.Sampling = _SAMPLING,
+  objective: policy.Objective = _OBJECTIVE,
+  scale: str = 'group',
+  leave_one_out: bool = False,
+  drop_unfinished: bool = False,
+) -> Stage:
+  for one in (sampling, objective):
+    one.check()
+  known = advantages.SCALES
+  require(scale in known, 'scale', scale, f'one of {", ".join(known)}')
+  require(bool(sampling.reward), 'reward', '', 'name a reward, such as math')
+  require(sampling.group > 1, 'group', sampling.group, 'must be at least 2')
+  reference = rollouts.reference(start)
+
+  def advantage(rollout):
+    groups = rollout.rewards.reshape(-1, sampling.group)
+    return advantages.grouped(
+      groups, scale=scale, leave_one_out=leave_one_out
+    ).reshape(-1)
+
+  def prepare(params, batch, key):
+    rollout = sampler.sample(params, batch, key, sampling)
+    columns = rollout.columns
+    columns['advantages'] = advantage(rollout)
+    if objective.beta:
+      columns['reference_logps'] = sampler.logps(reference(), columns, sampling)
+    if drop_unfinished:
+      columns['loss_mask'] &= rollout.finished[:, None]
+    yield from sampler.batches(rollout, key, sampling)
+
+  def loss(params, batch, key):
+    del key  # no dropout
+    heat = sampling.temperature
+    logps_BL, weights_BL = stage.token_logps(model, params, batch, heat)
+    mask_BL = weights_BL > 0
+    losses_BL, metrics = objective.losses(logps_BL, batch, mask_BL)
+    metrics |= meters.figures_of(batch)
+    return objective.mean(losses_BL, mask_BL), metrics
+
+  return Stage(loss, prepare)
