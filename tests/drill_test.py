@@ -98,6 +98,9 @@ def test_the_plan_has_every_point_once_and_ends_with_a_random_kill():
     assert 0 <= steps[0] < steps[-1] <= 900
     assert plan == drill._plan(20, pace, random.Random(seed))
   assert len(drill._plan(0, pace, random.Random(0))) == len(drill.POINTS)
+  points = drill.POINTS + drill.SAMPLING
+  plan = drill._plan(2, pace, random.Random(0), points)
+  assert sorted(k.point for k in plan if k.point) == sorted(points)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

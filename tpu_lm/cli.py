@@ -183,12 +183,15 @@ def check(args: argparse.Namespace, overrides: list) -> int:
 def drill(args: argparse.Namespace, overrides: list) -> int:
   """Kills and resumes a run, and proves that the end is bit-identical."""
   config = _config(args, overrides)  # its mistakes are named before the wait
-  del config
   from tpu_lm import drill as drills
+  from tpu_lm import stage
 
+  samples = stage.rows_of(config) == 'prompts'
+  points = drills.POINTS + drills.SAMPLING * samples
   given = [f'--config={args.config}']
   given += [f'--config.{key}={value}' for key, value in overrides]
-  return 0 if drills.drill(given, args.kills, args.workdir) else 1
+  drilled = drills.drill(given, args.kills, args.workdir, points=points)
+  return 0 if drilled else 1
 
 
 def doctor(args: argparse.Namespace, overrides: list) -> int:

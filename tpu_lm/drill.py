@@ -30,6 +30,7 @@ from tpu_lm.checkpoint import Checkpoints
 from tpu_lm.errors import UserError
 
 POINTS = ('data', 'step', 'save', 'commit', 'evaluate')
+SAMPLING = ('generate', 'reward', 'score')  # of stages that sample
 
 _POLL = 0.005  # seconds
 _PATIENCE = 10  # how many times longer than undisturbed a start may take
@@ -69,6 +70,7 @@ def drill(
   report: Callable[[str], None] = print,
   command: Sequence[str] | None = None,
   seed: int = 0,
+  points: Sequence[str] = POINTS,
 ) -> bool:
   """Kills and resumes a run; returns whether its end is bit-identical.
 
@@ -79,6 +81,7 @@ def drill(
     report: prints one line.
     command: what is run, by default `python -m tpu_lm train`.
     seed: of the random moments.
+    points: the named ones.
 
   Raises:
     UserError: the folder holds something else, or the configuration does not
@@ -100,7 +103,7 @@ def drill(
   )
   report(f'{"kill":>5}  {"when":<28}{"resumed":>10}{"reached":>10}')
   done = 0
-  plan = [*_plan(kills, pace, random.Random(seed)), None]
+  plan = [*_plan(kills, pace, random.Random(seed), points), None]
   for k, kill in enumerate(plan, 1):
     start = _Start(command, folder, 'drilled', f'drilled-{k:03d}', kill)
     resumed = start.resumes_at()
@@ -116,9 +119,9 @@ def drill(
       break
     done += 1
     report(f'{done:>5}  {kill!s:<28}{resumed:>10}{start.reached():>10}')
-  if done < kills + len(POINTS):
+  if done < kills + len(points):
     report(
-      f'the run ended after {done} of {kills + len(POINTS)} kills: too short'
+      f'the run ended after {done} of {kills + len(points)} kills: too short'
       ' for more; give more steps'
     )
   return _verdict(folder, done, report)
@@ -140,7 +143,12 @@ def _make_folder(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _plan(kills: int, pace: Pace, rng: random.Random) -> list[Kill]:
+def _plan(
+  kills: int,
+  pace: Pace,
+  rng: random.Random,
+  points: Sequence[str] = POINTS,
+) -> list[Kill]:
   """Returns random kills across the run, the named ones strewn in between.
 
   A named kill comes soon after a resume, so it brings the run no nearer to its
@@ -158,7 +166,7 @@ def _plan(kills: int, pace: Pace, rng: random.Random) -> list[Kill]:
     )
     for is_early, step in zip(early, steps, strict=True)
   ]
-  for point in rng.sample(POINTS, len(POINTS)):
+  for point in rng.sample(points, len(points)):
     count = rng.randint(1, 5) if point in ('data', 'step') else 1
     plan.insert(rng.randint(0, max(0, len(plan) - 1)), Kill(point, count))
   return plan

@@ -109,6 +109,9 @@ def test_samples_of_a_prompt_are_those_of_separate_prompts(shape):
   slots = state.cache.layers[1]
   # Four prompts of 16 tokens are kept once, and 16 rows have 16 slots.
   assert slots.prefix_k.size == slots.k.size / 4
+  if shape == 'windows':  # of 5 tokens, in the first layer
+    first = state.cache.layers[0].prefix_k
+    assert first.size == slots.prefix_k.size * 5 / 16
 
 
 def test_sliding_layers_keep_only_their_window():

@@ -95,7 +95,7 @@ def test_a_prefix_is_seen_by_the_rows_of_its_group():
   found = ring.read(q, slots, lengths[:, None], at, prefix_B=lengths, **RULE)
   for row, length in enumerate(lengths):
     k, v = (
-      np.concatenate([kept[i, row // 2, :length], new[i, row]])[None]
+      np.concatenate([kept[i, row // 2, 5 - length :], new[i, row]])[None]
       for i in range(2)
     )
     expected = attention.attend(

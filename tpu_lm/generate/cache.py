@@ -85,11 +85,21 @@ def shared(
     shape = ring.slot_shape(*x_PGAB.shape)
     return x_PGAB.astype(dtype).reshape(shape)
 
-  layers = tuple(
-    slot._replace(
-      prefix_k=merged(k.transpose(0, 2, 3, 1)),
-      prefix_v=merged(v.swapaxes(1, 2)),
+  layers = []
+  for k_PLGK, v_PLGK, window, slot in zip(
+    *kept, config.windows, empty.layers, strict=True
+  ):
+    length = k_PLGK.shape[1]
+    size = min(window, length) if window else length
+    from_PS = lengths_P[:, None] + jnp.arange(-size, 0)
+    chosen = jnp.maximum(from_PS, 0)[:, :, None, None]
+    k = jnp.take_along_axis(k_PLGK, chosen, axis=1)
+    v = jnp.take_along_axis(v_PLGK, chosen, axis=1)
+    layers.append(
+      slot._replace(
+        prefix_k=merged(k.transpose(0, 2, 3, 1)),
+        prefix_v=merged(v.swapaxes(1, 2)),
+      )
     )
-    for k, v, slot in zip(*kept, empty.layers, strict=True)
-  )
+  layers = tuple(layers)
   return Cache(layers, jnp.int32(0), jnp.repeat(lengths_P, copies))

@@ -28,7 +28,7 @@ class Slots(NamedTuple):
   v: jax.Array  # [B, G, S, K]
   k_scale: jax.Array | None = None  # [B, G, 1, S]; None: not quantised
   v_scale: jax.Array | None = None  # [B, G, S, 1]
-  # What the rows of a group have in common; slot p holds position p.
+  # What the rows of a group have in common; its last token stands last.
   prefix_k: jax.Array | None = None  # [groups, G, K, P]
   prefix_v: jax.Array | None = None  # [groups, G, P, K]
 
@@ -179,9 +179,9 @@ def read(
   if prefix_B is not None:
     count = math.prod(slots.prefix_k.shape[:-2]) // num_groups
     scores = _scores(_joined(q_BGQK, count), slots.prefix_k, None)
-    keys_1S = jnp.arange(scores.shape[-1])[None]
+    keys_BS = begin + jnp.arange(-scores.shape[-1], 0)
     scores = _parted(scores, num_rows).reshape(*lead, -1)
-    logits.append(_masked(scores, keys_1S, keys_1S < begin, rule))
+    logits.append(_masked(scores, keys_BS, keys_BS >= 0, rule))
   top = functools.reduce(
     jnp.maximum, [x.max(-1, keepdims=True) for x in logits]
   )
