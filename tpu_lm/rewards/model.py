@@ -19,7 +19,7 @@ def make(
 
   Args:
     workdir: of a run of stage_name=reward.
-    batch_size: answers at a time.
+    batch_size: answers at a time, rounded up to what the devices divide.
     limit: rewards are clipped to -limit .. limit; 0: none.
 
   Raises:
@@ -33,6 +33,8 @@ def make(
       f'reward: model(workdir={workdir!r}): has no scalar head; name a run of '
       'stage_name=reward'
     )
+  shards = sharding.num_batch_shards(loaded.mesh)
+  batch_size = -(-batch_size // shards) * shards
   template = chat.load('', loaded.tokenizer, pathlib.Path(workdir, 'tokenizer'))
 
   @jax.jit
