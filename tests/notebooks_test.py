@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'notebooks'
-NAMES = ('pretrain', 'finetune')
+NAMES = ('pretrain', 'finetune', 'reinforce')
 
 
 def test_no_notebook_is_left_out():

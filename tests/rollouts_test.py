@@ -178,6 +178,20 @@ def test_ppo_learns_too_and_stays_near(folder):
   assert found[-1]['value'] != 0
 
 
+def test_a_student_answers_and_its_teacher_judges(folder):
+  """On-policy distillation: it comes nearer to another model."""
+  taught = {'stage_name': 'distill', 'stage.teacher': folder / 'base'}
+  workdir = trained(folder, 'on-policy', **taught | {
+    'init_from': '', 'data.tokenizer': folder / 'base' / 'tokenizer',
+    'model.dim': 32, 'model.num_layers': 2, 'model.hidden_dim': 48,
+    'model.num_heads': 2, 'stage.alpha': 1.0, 'stage.divergence': 'reverse_kl',
+    'stage.reward': '', 'stage.group': 2, 'steps': 20, 'data.rows': 'prompts',
+  })  # fmt: skip
+  found = [line['divergence'] for line in lines(workdir)]
+  assert np.mean(found[-3:]) < 0.7 * np.mean(found[:3])
+  assert len(answers(workdir, 3)) == 4 * 2
+
+
 def test_equal_rewards_teach_nothing(folder):
   workdir = trained(folder, 'dead', **{
     'stage.reward': f'{folder}/rewards.py:same', 'steps': 1,

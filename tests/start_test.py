@@ -296,3 +296,39 @@ def test_answers_that_never_end_are_not_written(folder, full):
       sampler=answers.GREEDY, max_new_tokens=1, seed=0,
     )  # fmt: skip
   assert not to.exists()
+
+
+def test_the_best_of_some_answers_is_written(folder, full):
+  (folder / 'long.py').write_text(
+    'def size(sample):\n  return len(sample.text)\n'
+  )
+  reward, to = f'{folder}/long.py:size', folder / 'best.jsonl'
+  options = {
+    'sampler': Sampler(temperature=1.0), 'max_new_tokens': 24, 'seed': 0
+  }  # fmt: skip
+  best = answer_file.Best(4, reward, least=3.0)
+  source = str(folder / 'chats.jsonl')
+  answer_file.write(full, source, to, best=best, **options)
+  loaded = start.load(full)
+  template = chat.load('', loaded.tokenizer, full / 'tokenizer')
+  asked = [q.messages for q, _ in answer_file.questions(source)]
+  every = [messages for messages in asked for _ in range(4)]
+  found = answers.answers(loaded, template, every, **options)
+  expected = []
+  for i, messages in enumerate(asked):
+    ended = [a.text for a in found[4 * i : 4 * i + 4] if a.finished]
+    longest = max(ended, key=len, default='')
+    if len(longest) > 3:
+      expected.append([*messages, {'role': 'assistant', 'content': longest}])
+  lines = to.read_text().splitlines()
+  written = [json.loads(line)['messages'] for line in lines]
+  assert written == expected
+  assert 0 < len(written) < len(asked)
+  for best, message in (
+    (answer_file.Best(2), 'needs a --reward'),
+    (answer_file.Best(2, reward, 1e9), 'is better than --least'),
+  ):
+    with pytest.raises(UserError, match=message):
+      answer_file.write(
+        full, source, folder / 'none.jsonl', best=best, **options
+      )

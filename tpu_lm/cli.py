@@ -146,6 +146,7 @@ def answer(args: argparse.Namespace, overrides: list) -> int:
     max_new_tokens=args.max_new_tokens or 64,
     seed=args.seed,
     base=args.base,
+    best=answer_file.Best(args.best_of, args.reward, args.least),
   )
   return 0
 
@@ -353,6 +354,16 @@ _PROMPTS = _option(
   'records with prompts or conversations: as data.source',
   required=True,
 )
+_BEST = (
+  _option(
+    '--best_of',
+    'answers to a prompt, of which the best is written',
+    type=_number(int, 1),
+    default=1,
+  ),
+  _option('--reward', 'what is best: as stage.reward', default=''),
+  _option('--least', 'an answer must have more of it', type=float, default=0.0),
+)
 _OPTIONAL = {'required': False, 'default': ''}
 _CONSTITUTION = (
   _option(
@@ -391,7 +402,7 @@ COMMANDS = {
     generate,
     [_folder(None), *_PROMPT, *_SAMPLING, _STOP, _BASE],
   ),
-  'answer': (answer, [_folder(None), _PROMPTS, _TO, *_SAMPLING, _BASE]),
+  'answer': (answer, [_folder(None), _PROMPTS, _TO, *_BEST, *_SAMPLING, _BASE]),
   'eval': (evaluate, [_folder(None), _SOURCE, _BASE]),
   'merge': (merge, [_folder(None), _TO, _BASE]),
   'report': (report, [_folder(None), _PAGE]),

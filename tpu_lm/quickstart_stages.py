@@ -346,54 +346,34 @@ def ppo(life: Life) -> Outcome:
   )
 
 
+def _gained(life: Life, name: str, told: dict[str, str], kind: str) -> Outcome:
+  """What a stage made of held-out figures; `told` says them, as `kind`."""
+  last = life.train(name, {'init_from': life.folder('sft')})
+  first = life.heldout(name)[0]
+  figures = {'seconds': last['seconds']}
+  lines = []
+  for key, what in told.items():
+    figures |= {f'{key}_before': first[key], f'{key}_after': last[key]}
+    lines.append((what, f'{first[key]:{kind}} to {last[key]:{kind}}'))
+  return Outcome(figures, [*lines, ('time', duration(last['seconds']))])
+
+
 def grpo(life: Life) -> Outcome:
   """Sums that no conversation showed, by exact rewards alone."""
-  last = life.train('grpo', {'init_from': life.folder('sft')})
-  first = life.heldout('grpo')[0]
-  figures = {
-    f'{name}_{when}': line[name]
-    for name in ('exact', 'pass8')
-    for when, line in (('before', first), ('after', last))
+  told = {
+    'exact': 'held-out sums of three right, greedily',
+    'pass8': 'right in one of 8 samples',
   }
-  return Outcome(
-    figures | {'seconds': last['seconds']},
-    [
-      (
-        'held-out sums of three right, greedily',
-        f'{first["exact"]:.1%} to {last["exact"]:.1%}',
-      ),
-      (
-        'right in one of 8 samples',
-        f'{first["pass8"]:.1%} to {last["pass8"]:.1%}',
-      ),
-      ('time', duration(last['seconds'])),
-    ],
-  )
+  return _gained(life, 'grpo', told, '.1%')
 
 
 def gamed(life: Life) -> Outcome:
   """A reward made to be cheated (for polite words), and the true one."""
-  last = life.train('gamed', {'init_from': life.folder('sft')})
-  first = life.heldout('gamed')[0]
-  figures = {
-    f'{name}_{when}': line[name]
-    for name in ('reward', 'true_reward')
-    for when, line in (('before', first), ('after', last))
+  told = {
+    'reward': 'the reward trained for',
+    'true_reward': 'the true reward beside it',
   }
-  return Outcome(
-    figures | {'seconds': last['seconds']},
-    [
-      (
-        'the reward trained for',
-        f'{first["reward"]:.2f} to {last["reward"]:.2f}',
-      ),
-      (
-        'the true reward beside it',
-        f'{first["true_reward"]:.2f} to {last["true_reward"]:.2f}',
-      ),
-      ('time', duration(last['seconds'])),
-    ],
-  )
+  return _gained(life, 'gamed', told, '.2f')
 
 
 STAGES = {

@@ -57,6 +57,9 @@ class Sampling(NamedTuple):
     stage.require(heat > 0, 'temperature', heat, 'must be above 0')
 
 
+ONE_ANSWER = Sampling(group=1)
+
+
 class Rollout(NamedTuple):
   """N answers, those to one prompt side by side."""
 
@@ -341,6 +344,21 @@ def _gathered(parts: list[_Started], count: int) -> scoring.Scored:
     joined(lambda one: one.parsed),
     {k: v.tolist() for k, v in joined(lambda one: one.notes).items()},
   )
+
+
+def then(
+  sampler: Rollouts | None, how: Sampling, prepare: stage.PrepareFn
+) -> stage.PrepareFn:
+  """Samples, and prepares each batch of updates; without a sampler, a batch."""
+  if sampler is None:
+    return prepare
+
+  def sampled(params, batch, key):
+    rollout = sampler.sample(params, batch, key, how)
+    for part in sampler.batches(rollout, key, how):
+      yield from prepare(params, part, key)
+
+  return sampled
 
 
 def numbers(batches: loader.Loader, step: int) -> dict[str, np.ndarray]:

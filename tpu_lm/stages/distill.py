@@ -10,9 +10,8 @@ of the student's with T = 1, and D is forward_kl, reverse_kl or gjsd
 (divergence.py; GKD, arXiv 2306.13649; its equation 2 takes means of sequences,
 here and in TRL each token weighs the same). T^2 keeps the two gradients in
 proportion when T changes (Hinton, arXiv 1503.02531, section 2); TRL has no T^2.
-
-With top_k, D is over the teacher's K likeliest tokens and "any other", whose
-log-probability is the last of teacher_logps. The tokenizers must be the same.
+With top_k, D is over the teacher's K likeliest tokens and "any other". On rows
+of prompts the student answers first, at T too: on-policy (GKD, section 3).
 """
 
 import functools
@@ -21,17 +20,19 @@ import jax
 import jax.numpy as jnp
 
 from tpu_lm import divergence as divergences
-from tpu_lm import sharding, stage
+from tpu_lm import meters, rollouts, sharding, stage
 from tpu_lm.models import transformer
 from tpu_lm.stage import Mean, Stage, require
 
-ROWS = ('text', 'chat')
+ROWS = ('text', 'chat', 'prompts')
 
 
 def make(
   model,
   start,
+  sampler,
   *,
+  sampling: rollouts.Sampling = rollouts.ONE_ANSWER,
   teacher: str = '',
   divergence: str = 'forward_kl',
   beta: float = 0.5,
@@ -44,15 +45,13 @@ def make(
   num_vocab = model.config.vocab_size
   measure = divergences.Measure(divergence, beta, temperature, top_k)
   measure.check(num_vocab)
+  sampling.check()
   require(0 <= alpha <= 1, 'alpha', alpha, 'from 0 to 1')
   require(bool(teacher), 'teacher', teacher, 'name a working directory')
-  kept = measure.names if top_k and not on_the_fly else ()
-
-  mesh = jax.sharding.get_mesh()
-
-  @functools.cache  # where columns are kept, it is opened only to make them
-  def taught():
-    return divergences.teaching(teacher, num_vocab, measure, mesh)
+  kept = measure.names if top_k and not (on_the_fly or sampler) else ()
+  given = teacher, num_vocab, measure, jax.sharding.get_mesh()
+  # Kept columns: it is opened only to make them.
+  taught = functools.cache(functools.partial(divergences.teaching, *given))
 
   def each(head_VD, hidden_BLD, targets_BL, weights_BL, *known):
     mask_BL = weights_BL > 0
@@ -67,14 +66,15 @@ def make(
     head_VD = sharding.replicate_columns(transformer.head(params))
     hidden_BLD = stage.hidden_states(model, params, batch)
     weights_BL = stage.target_weights(batch)
-    known = (batch[name] for name in measure.names)
-    columns = hidden_BLD, batch['tokens'][:, 1:], weights_BL, *known
+    columns = [hidden_BLD, batch['tokens'][:, 1:], weights_BL]
+    columns += [batch[name] for name in measure.names]
     sums = divergences.row_sums(each, head_VD, columns, num_vocab)
     apart, nll = (Mean(x.sum(), weights_BL.sum()) for x in sums)
     total = alpha * apart.total + (1 - alpha) * nll.total
-    return Mean(total, nll.weight), {'divergence': apart, 'nll': nll}
+    metrics = {'divergence': apart, 'nll': nll}
+    return Mean(total, nll.weight), metrics | meters.figures_of(batch)
 
   if not kept:
     taught()
   prepare = stage.adding(measure.names, lambda batch: taught()(batch))
-  return Stage(loss, prepare, kept)
+  return Stage(loss, rollouts.then(sampler, sampling, prepare), kept)
