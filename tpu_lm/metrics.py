@@ -4,6 +4,7 @@ One JSON object a line, in the order of training. A line of the split `train`:
 
   step, stage, split, loss, …, gradient_norm, learning_rate   values of the step
   tokens               training positions seen since step 0
+  steps_per_second     as the next, of a stage that answers prompts
   tokens_per_second    since the line before, without evaluation and saving
   utilisation          model FLOPs utilisation, 0 to 1; null if the device's
                        peak is unknown (see flops.py)
@@ -35,6 +36,7 @@ from tpu_lm.progress import Progress, duration
 
 TIMING_KEYS = frozenset(
   {
+    'steps_per_second',
     'tokens_per_second',
     'utilisation',
     'seconds',
@@ -113,7 +115,7 @@ class Writer:
         Lines of later steps, left by a run that was killed, are dropped: they
         will be written again.
       total_steps: the last step of the run.
-      tokens_per_step: positions of the global batch.
+      tokens_per_step: positions of the global batch; 0 where steps differ.
       flops_per_step: model FLOPs of one step over the global batch, for the
         utilisation; 0 if unknown.
       stage: name of the stage.
@@ -231,15 +233,16 @@ class Writer:
       else 0.8 * self._seconds_a_step + 0.2 * recent
     )
     speed = num_steps / training
-    return {
-      'tokens': step * self._tokens_per_step,
-      'tokens_per_second': self._tokens_per_step * speed,
-      'utilisation': (
-        self._flops_per_step * speed / self._peak if self._peak else None
-      ),
-      **seconds,
-      'time_left': (self._total_steps - step) * self._seconds_a_step,
-    }
+    known = {'steps_per_second': speed}
+    if self._tokens_per_step:
+      used = self._flops_per_step * speed / self._peak if self._peak else None
+      known = {
+        'tokens': step * self._tokens_per_step,
+        'tokens_per_second': self._tokens_per_step * speed,
+        'utilisation': used,
+      }
+    left = (self._total_steps - step) * self._seconds_a_step
+    return {**known, **seconds, 'time_left': left}
 
   def _append(self, text: bytes) -> None:
     with _disk_errors(self._path):
@@ -266,11 +269,12 @@ class Writer:
       ]
       self._progress.line(' · '.join(parts))
       return
-    for name in ('loss', 'accuracy'):
+    for name in ('loss', 'accuracy', 'reward'):
       if name in line:
         parts.append(f'{name} {_short(line[name])}')
-    parts.append(f'{line["tokens_per_second"]:,.0f} tok/s')
-    if line['utilisation'] is not None:
+    if 'tokens_per_second' in line:
+      parts.append(f'{line["tokens_per_second"]:,.0f} tok/s')
+    if line.get('utilisation') is not None:
       parts.append(f'{line["utilisation"]:.0%} of peak')
     parts.append(f'{duration(line["time_left"])} left')
     self._progress.update(' · '.join(parts), line['step'] / self._total_steps)

@@ -120,7 +120,8 @@ class Run:
 
   def _open_metrics(self) -> None:
     config = self.config
-    tokens = config.batch_size * config.data.length
+    # A stage that samples trains on what it has answered.
+    tokens = 0 if self.sampler else config.batch_size * config.data.length
     a_token = flops.train_per_token(self.model.config, config.data.length)
     self.writer = metrics.Writer(
       self.workdir,
