@@ -10,14 +10,10 @@ import tiny
 from optax import contrib
 
 from tpu_lm import config as configs
-from tpu_lm import models, optim, sharding, stage, weights
+from tpu_lm import models, optim, sharding, weights
 from tpu_lm.errors import UserError
 
-FAMILIES = [
-  name
-  for name in stage.known('tpu_lm.models')
-  if name not in ('attention', 'rope', 'transformer')
-]
+FAMILIES = models.families()
 NAMES = ('adamw', 'adafactor', 'lion', 'muon')
 
 

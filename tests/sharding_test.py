@@ -10,14 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tpu_lm import config as configs
-from tpu_lm import optim, sharding, stage, train, weights
+from tpu_lm import models, optim, sharding, stage, train, weights
 from tpu_lm.errors import UserError
 
-FAMILIES = [
-  name
-  for name in stage.known('tpu_lm.models')
-  if name not in ('attention', 'rope', 'transformer')
-]
+FAMILIES = models.families()
 MIXED = {'data': 2, 'fsdp': 2, 'tensor': 2}
 
 

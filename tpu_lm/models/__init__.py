@@ -5,6 +5,16 @@ from typing import Any
 
 from tpu_lm.errors import UserError, nearest
 
+# Files of this folder that hold no PRESET.
+_PARTS = ('attention', 'ring', 'rope', 'transformer')
+
+
+def families() -> list[str]:
+  """The names that `make` knows."""
+  from tpu_lm import stage
+
+  return [name for name in stage.known(__name__) if name not in _PARTS]
+
 
 def make(name: str, options: dict[str, Any], vocab_size: int, length: int):
   """Makes the model of the configuration's `model_name` and `model`.
@@ -21,10 +31,7 @@ def make(name: str, options: dict[str, Any], vocab_size: int, length: int):
   from tpu_lm import stage
   from tpu_lm.models import transformer
 
-  names = [
-    n for n in stage.known(__name__)
-    if n not in ('attention', 'rope', 'transformer')
-  ]  # fmt: skip
+  names = families()
   if name not in names:
     raise UserError(
       f'model_name={name!r}: unknown{nearest(name, names)}; there are '
