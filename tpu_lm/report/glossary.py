@@ -276,6 +276,7 @@ STAGES = {
   'dpo': 'Learns from the same pairs to give the preferred answers itself.',
   'ppo': 'Samples answers and is paid by the reward model (RLHF).',
   'grpo': 'Samples groups of answers and is paid for the right ones (RLVR).',
+  'gamed': 'Is paid for polite words only, and watched by the true rule.',
   'lora': 'The conversations again, through low-rank adapters alone.',
   'qlora': 'Adapters again, on a base held in four bits.',
   'student': 'A network of half the size reads the text alone.',
