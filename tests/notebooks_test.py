@@ -14,6 +14,8 @@ def test_no_notebook_is_left_out():
   assert {path.stem for path in FOLDER.glob('*.ipynb')} == set(NAMES)
 
 
+# They take minutes; .ci/run runs them apart.
+@pytest.mark.slow
 # The kernel's own libraries warn about themselves.
 @pytest.mark.filterwarnings('default')
 @pytest.mark.parametrize('name', NAMES)
