@@ -10,7 +10,7 @@ in the reward. Other keys are those of grpo.py.
 
 Measured on 2 CPU cores: the quickstart's own form of it (50 steps of 16 prompts
 x 2 answers) lifts the true reward from 0.73 to 1.08 at a KL of 2.7 nats an
-answer, in 1:08 on a busy machine.
+answer, in 32 s.
 """
 
 from tpu_lm import config as configs
