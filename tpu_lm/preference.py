@@ -8,7 +8,6 @@ Both halves go through the network at once. They are interleaved along the row
 axis, [B, 2, …] to [2B, …], so that each device keeps its own rows.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -185,7 +184,7 @@ def referring(
     names: of these columns.
     on_the_fly: whether they are computed in every step.
   """
-  reference = functools.cache(lambda: weights.unadapt(start()))
+  reference = weights.reference(start)
   if on_the_fly:
     reference()  # `start` may be called before the first update only
 

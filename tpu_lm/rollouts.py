@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tpu_lm import advantages, meters, scoring, sharding, stage, weights
+from tpu_lm import advantages, meters, scoring, sharding, stage
 from tpu_lm.data import answer_rows, chat, loader, prompts
 from tpu_lm.generate import batching, engine
 from tpu_lm.generate.sampler import Sampler
@@ -365,16 +365,6 @@ def numbers(batches: loader.Loader, step: int) -> dict[str, np.ndarray]:
   """What a stage that samples reads of batch `step`; see the module."""
   found = batches.row_numbers(step).astype(np.int32)
   return {'row': found, 'step': np.full_like(found, step + 1)}
-
-
-def reference(start: Callable[[], Any]) -> Callable[[], Any]:
-  """The policy that a stage began with; under adapters it is the base."""
-
-  @functools.cache
-  def params():
-    return weights.unadapt(start())
-
-  return params
 
 
 def _number(value: float) -> float | None:

@@ -206,6 +206,11 @@ def unadapt(params: Params) -> Params:
   )
 
 
+def reference(start: Callable[[], Params]) -> Callable[[], Params]:
+  """What a stage began with, without adapters; fetched when first asked for."""
+  return functools.cache(lambda: unadapt(start()))
+
+
 # What is trained.
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tpu_lm import stage
-from tpu_lm.data import loader
+from tpu_lm.data import answer_rows
 from tpu_lm.data.chat import Template
 from tpu_lm.generate import engine
 from tpu_lm.generate.sampler import Sampler
@@ -95,19 +95,7 @@ def logps(
     float32 [answers].
   """
   prompts = [template.prompt(messages) for messages in conversations]
-  longest = max(len(p) + len(t) for p, t in zip(prompts, tokens, strict=True))
-  shape = (len(prompts), engine.bucket(longest, 16) + 1)
-  batch = {
-    'tokens': np.zeros(shape, np.int32),
-    'loss_mask': np.zeros(shape, bool),
-    'segment_ids': np.zeros(shape, np.int32),
-  }
-  for row, (prompt, answer) in enumerate(zip(prompts, tokens, strict=True)):
-    end = len(prompt) + len(answer)
-    batch['tokens'][row, :end] = [*prompt, *answer]
-    batch['loss_mask'][row, len(prompt) : end] = True
-    batch['segment_ids'][row, :end] = 1
-  batch['positions'] = loader.positions(batch['segment_ids'])
+  batch = answer_rows.rows(prompts, tokens)
   return np.asarray(_summed(loaded.params, batch, model=loaded.model))
 
 

@@ -14,7 +14,7 @@ Log-probabilities are those at the sampling temperature, so that every ratio is
 1 before the first update; there is no top-p, which would break that.
 """
 
-from tpu_lm import advantages, meters, policy, rollouts, stage
+from tpu_lm import advantages, meters, policy, rollouts, stage, weights
 from tpu_lm.stage import Stage, require
 
 ROWS = ('prompts',)
@@ -38,7 +38,7 @@ def make(
   require(scale in known, 'scale', scale, f'one of {", ".join(known)}')
   require(bool(sampling.reward), 'reward', '', 'name a reward, such as math')
   require(sampling.group > 1, 'group', sampling.group, 'must be at least 2')
-  reference = rollouts.reference(start)
+  reference = weights.reference(start)
 
   def advantage(rollout):
     groups = rollout.rewards.reshape(-1, sampling.group)

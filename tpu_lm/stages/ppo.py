@@ -14,7 +14,7 @@ the answer (InstructGPT, arXiv 2203.02155, equation 2); advantages are GAE
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import advantages, meters, policy, rollouts, stage
+from tpu_lm import advantages, meters, policy, rollouts, stage, weights
 from tpu_lm.stage import Stage, require
 
 ROWS = ('prompts',)
@@ -39,7 +39,7 @@ def make(
   require(bool(sampling.reward), 'reward', '', 'name a reward, such as model')
   head = model.config.scalar_head
   require(head, 'value_weight', value_weight, 'set model.scalar_head=true')
-  reference = rollouts.reference(start)
+  reference = weights.reference(start)
   penalty = objective.beta, objective.kl  # in the reward, not in the loss
   objective = objective._replace(beta=0.0)
 
