@@ -408,7 +408,8 @@ def both(stage_):
 @EVERY
 def test_the_columns_of_the_docstring_are_those_that_are_read(case):
   stage_, params, batch = made(case)
-  prepared(case)  # opens a teacher, which cannot be done while tracing
+  # Opens a teacher, which cannot be done while tracing.
+  stage_.prepare(params, batch, jax.random.key(0))
   jax.eval_shape(both(stage_), params, batch)
   assert columns(*case[:2]) == tuple(sorted(batch))
   for column in columns(*case[:2]):
