@@ -8,8 +8,9 @@
 `sft` trains on packed conversations of the shape's rows; `dpo` and `reward` on
 8 pairs of 128 tokens (prompt 64, answer 64); a step of `grpo` answers 4 prompts
 of 32 tokens 8 times with 64 tokens and learns once from them, with a reference:
-as the peers' scripts do. Other keys: `--set KEY=VALUE`, e.g. `--set
-'transforms=lora(rank=8)'`.
+as the peers' scripts do. `--prompt=256 --answer=256 --stops=8` makes both
+longer, and lets answers end at any of 8 tokens of the vocabulary. Other keys:
+`--set KEY=VALUE`, e.g. `--set 'transforms=lora(rank=8)'`.
 
 Trains a Llama-shaped model in float32 with AdamW, clipping, guards and packed
 rows of text that the generated world yields, through the same `Run` and
@@ -42,7 +43,7 @@ from tpu_lm.phases import Phases
 _DOCUMENTS = 400  # some 100 kB of text
 _STAGES = ('pretrain', 'sft', 'dpo', 'reward', 'grpo')
 _PAIR = (8, 128)  # pairs a step, tokens of a half
-_ANSWERS = (4, 8, 32, 64)  # prompts, answers to each, tokens of both
+_ANSWERS = (4, 8)  # prompts, answers to each
 
 
 def _texts() -> Iterator[str]:
@@ -57,10 +58,10 @@ def _letters(num_tokens: int) -> str:
   return ''.join(random.choices(string.ascii_letters, k=num_tokens))
 
 
-def _prompts() -> Iterator[dict]:
-  """Prompts of 32 tokens by ChatML and one byte a token."""
+def _prompts(num_tokens: int) -> Iterator[dict]:
+  """Prompts by ChatML and one byte a token."""
   for _ in range(_DOCUMENTS):
-    yield {'prompt': _letters(_ANSWERS[2] - 20), 'answer': ''}
+    yield {'prompt': _letters(num_tokens - 20), 'answer': ''}
 
 
 def _pairs() -> Iterator[dict]:
@@ -71,29 +72,27 @@ def _pairs() -> Iterator[dict]:
     yield {'prompt': _letters(44), 'chosen': chosen, 'rejected': rejected}
 
 
-_RECORDS = {
-  'sft': _conversations,
-  'dpo': _pairs,
-  'reward': _pairs,
-  'grpo': _prompts,
-}
-
-
-def _write_source(stage: str, folder: pathlib.Path) -> pathlib.Path:
-  if stage == 'pretrain':
+def _write_source(args: Any, folder: pathlib.Path) -> pathlib.Path:
+  if args.stage == 'pretrain':
     source = folder / 'world.txt'
     source.write_text('\n\n'.join(_texts()))
     return source
   source = folder / 'world.jsonl'
   random.seed(0)
-  lines = [json.dumps(record) + '\n' for record in _RECORDS[stage]()]
+  records = {
+    'sft': _conversations,
+    'dpo': _pairs,
+    'reward': _pairs,
+    'grpo': lambda: _prompts(args.prompt),
+  }
+  lines = [json.dumps(record) + '\n' for record in records[args.stage]()]
   source.write_text(''.join(lines))
   return source
 
 
 def configuration(args: Any, folder: pathlib.Path):
   """The configuration of a shape; writes the text that it trains on."""
-  source = _write_source(args.stage, folder)
+  source = _write_source(args, folder)
   config = configs.base()
   config.stage_name = args.stage
   config.steps = 1_000_000  # never reached
@@ -114,10 +113,11 @@ def configuration(args: Any, folder: pathlib.Path):
     config.batch_size, config.data.length = _PAIR
     model.scalar_head = args.stage == 'reward'
   if args.stage == 'grpo':
-    config.batch_size, group, config.data.length, num_new = _ANSWERS
-    config.stage.group, config.stage.max_new_tokens = group, num_new
+    config.batch_size, config.stage.group = _ANSWERS
+    config.data.length = args.prompt
+    config.stage.max_new_tokens = args.answer
     config.stage.reward = "regex(pattern='e', limit=64)"
-    config.stage.beta = 0.04
+    config.stage.beta, config.optimizer.learning_rate = 0.04, 1e-4
   model.update(json.loads(args.model))
   for text in args.set:
     configs.override(config, *text.split('=', 1))
@@ -175,13 +175,16 @@ def main() -> None:
   parser.add_argument('--model', default='{}', help='JSON of model.* keys')
   parser.add_argument('--stage', default='pretrain', choices=_STAGES)
   parser.add_argument('--set', action='append', default=[])
+  parser.add_argument('--prompt', type=int, default=32)
+  parser.add_argument('--answer', type=int, default=64)
+  parser.add_argument('--stops', type=int, default=0)
   args = parser.parse_args()
   *_, length, rows = protocol.SHAPES[args.shape]
   num_tokens = rows * length
   if args.stage in ('dpo', 'reward'):
     num_tokens = 2 * math.prod(_PAIR)
   if args.stage == 'grpo':
-    num_tokens = math.prod(_ANSWERS[:2]) * _ANSWERS[3]
+    num_tokens = math.prod(_ANSWERS) * args.answer
   name = f'tpu_lm {args.stage} {"update" if args.bare else "loop"}'
   clock = protocol.Clock(name, args, num_tokens)
   devices.set_up()
@@ -194,7 +197,8 @@ def main() -> None:
     config = configuration(args, folder)
     run = TimedRun(config, folder / 'run', phases)
     if run.sampler:
-      run.sampler.stop_ids = ()  # a model by chance would end some answers
+      # A model by chance would end some answers with the usual ones.
+      run.sampler.stop_ids = tuple(range(4, 4 + args.stops))
     with jax.set_mesh(run.mesh):
       run.start_timing(clock, args.overhead)
       clock.restart()

@@ -204,6 +204,7 @@ def test_what_may_change_between_runs(config, trained, capsys):
     (['prepare', '--config=CONFIG'], r'prepare: give --workdir'),
     (['generate', '--workdir=W'], r'W: no config\.json there'),
     (['generate', '--workdir=W', '--temperature=-1'], r'temperature'),
+    (['generate', '--workdir=W', '--draft=lookup', '--ahead=0'], r'--ahead: 0'),
     (['generate', '--workdir=W', '--seed=-1'], r'--seed=-1: must be from 0'),
     (['generate', '--workdir=W', '--prompt=\udcff'], r'--prompt: is not UTF-8'),
     (['generate', '--workdir=W', '--config.steps=3'],

@@ -447,10 +447,11 @@ def test_the_gap_of_sampler_and_trainer():
     row(-1.5, -1, -3, np.nan),
     np.array([[True] * 3 + [False]]),
   )
-  assert found.mean == (1.5, 3)
-  assert found.largest == 1.0
+  assert found['sampler_gap'] == (1.5, 3)
+  assert found['sampler_gap_max'].total == 1.0
   unseen = policy.gap(row(-1), row(np.nan), np.array([[True]]))
-  assert np.isnan(unseen.largest)  # so that no threshold lets it pass
+  # So that no threshold lets it pass.
+  assert np.isnan(unseen['sampler_gap_max'].total)
 
 
 def test_entropies():

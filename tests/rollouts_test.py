@@ -157,6 +157,23 @@ def test_a_resumed_run_ends_in_the_same_bits(folder, extra):
   assert answers(whole, 4) == answers(resumed, 4)
 
 
+def test_answers_that_stand_together_train_alike(folder, grpo):
+  workdir = trained(folder, 'together', **{
+    'stage.beta': 0.05, 'stage.together': 2, 'steps': 2, 'microbatches': 2,
+    'stage.drop_unfinished': True,
+  })  # fmt: skip
+  alone = trained(folder, 'alone', **{
+    'stage.beta': 0.05, 'steps': 2, 'stage.drop_unfinished': True,
+  })  # fmt: skip
+  for line, expected in zip(lines(workdir), lines(alone), strict=True):
+    for name in ('loss', 'kl', 'reward', 'gradient_norm', 'targets'):
+      assert line[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+  texts = [
+    sorted(one['text'] for one in answers(of, 2)) for of in (workdir, alone)
+  ]
+  assert texts[0] == texts[1]
+
+
 def test_it_learns_what_it_is_rewarded_for(folder):
   workdir = trained(folder, 'learns', **{
     'steps': 30, 'stage.group': 8, 'eval_every': 0,
@@ -220,25 +237,33 @@ def test_what_was_not_judged_stops_the_run_if_it_is_much(folder):
     })  # fmt: skip
 
 
-def test_another_policy_than_the_trainer_stops_the_run(folder):
+@pytest.mark.parametrize('minibatches', [1, 2])
+def test_another_policy_than_the_trainer_stops_the_run(folder, minibatches):
+  name = f'gap-{minibatches}'
   with pytest.raises(UserError, match=r'sampler and trainer differ'):
-    trained(folder, 'gap', **{'stage.max_gap': 1e-12, 'steps': 1})
+    trained(folder, name, **{
+      'stage.max_gap': 1e-12, 'stage.minibatches': minibatches, 'steps': 1,
+    })  # fmt: skip
+  assert not list((folder / name).glob('checkpoints/*'))
 
 
-@pytest.mark.parametrize('temperature', [0.6, 1.3])  # 1: meters, above
-def test_ratios_are_one_before_the_first_update(folder, temperature):
+# At temperature 1, see the meters above.
+@pytest.mark.parametrize(('temperature', 'minibatches'), [(0.6, 1), (1.3, 2)])
+def test_sampler_and_trainer_agree(folder, temperature, minibatches):
+  """Both ways of measuring it: in the one update, and before several."""
   workdir = trained(folder, f'heat-{temperature}', **{
-    'stage.temperature': temperature, 'steps': 1, 'eval_every': 0,
+    'stage.temperature': temperature, 'stage.minibatches': minibatches,
+    'steps': 1, 'eval_every': 0,
   })  # fmt: skip
   (line,) = lines(workdir)
-  assert line['ratio_max'] == pytest.approx(1, abs=1e-4)
-  assert line['sampler_gap_max'] < 1e-4
+  assert 0 < line['sampler_gap'] <= line['sampler_gap_max'] < 1e-4
 
 
 @pytest.mark.parametrize(
   ('key', 'value', 'message'),
   [
     ('stage.group', 1, 'must be at least 2'),
+    ('stage.together', 3, 'must divide group=4'),
     ('stage.reward', '', 'name a reward'),
     ('stage.temperature', 0.0, 'must be above 0'),
     ('stage.kind', 'clop', 'one of clip'),

@@ -7,9 +7,9 @@ import argparse
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from tpu_lm import __version__
+from tpu_lm import __version__, options
 from tpu_lm.errors import UserError, nearest
 
 
@@ -93,6 +93,7 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
     stop_ids = (template.stop_id,)
   elif args.system:
     raise UserError('--system: only a chat has a system turn; add --chat')
+  guessing = _guessing(args, loaded)
   pieces = stream.stream(
     loaded.model,
     loaded.params,
@@ -103,6 +104,8 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
     seed=args.seed,
     stop=args.stop,
     stop_ids=stop_ids,
+    quantised_cache=args.int8_cache,
+    guessing=guessing,
   )
   stream.show('' if args.chat else args.prompt, pieces, sys.stdout)
   return 0
@@ -228,6 +231,25 @@ def _sampler(args: argparse.Namespace):
   )
 
 
+def _guessing(args: argparse.Namespace, loaded):
+  from tpu_lm import start
+  from tpu_lm.generate import speculative
+
+  if not args.draft:
+    return None
+  if args.draft == 'lookup':
+    return speculative.Guessing(None, args.ahead)
+  draft = start.load(pathlib.Path(args.draft))
+  if draft.tokenizer.digest != loaded.tokenizer.digest:
+    raise UserError(
+      f'--draft={args.draft}: has another tokenizer than {args.workdir}; '
+      'take a draft of the same tokenizer'
+    )
+  return speculative.Guessing(
+    speculative.Draft(draft.model, draft.params), args.ahead
+  )
+
+
 def _config(args: argparse.Namespace, overrides: list):
   from tpu_lm import config
 
@@ -242,176 +264,56 @@ def _no_overrides(overrides: list) -> None:
     )
 
 
-def _number(kind: Callable, low: float) -> Callable:
-  def parse(text: str):
-    value = kind(text)
-    if value < low:
-      raise argparse.ArgumentTypeError(f'{text}: must be at least {low}')
-    return value
-
-  return parse
-
-
-def _option(flag: str, text: str, **how) -> tuple[str, dict]:
-  return flag, {'help': text, **how}
-
-
-def _folder(default: str | None) -> tuple[str, dict]:
-  """`--workdir`, required where it has no default."""
-  how = {'required': True} if default is None else {'default': default}
-  return _option('--workdir', 'the folder of the run', type=_path, **how)
-
-
-def _path(text: str) -> pathlib.Path | None:
-  return pathlib.Path(text) if text else None
-
-
-_CONFIG = _option(
-  '--config',
-  'a file of configs/; --config.KEY=VALUE changes a key of it',
-  required=True,
-  metavar='FILE[:VARIANT]',
-)
-_DEVICES = _option(
-  '--devices',
-  'simulate so many devices on the CPU',
-  type=_number(int, 1),
-  default=0,
-)
-_PROCESSES = (
-  _option(
-    '--coordinator',
-    'HOST:PORT of process 0, or auto on Cloud TPU',
-    default='',
-  ),
-  _option(
-    '--processes',
-    'how many processes make up the run',
-    type=_number(int, 1),
-    default=1,
-  ),
-  _option(
-    '--process',
-    'which of them this is, from 0',
-    type=_number(int, 0),
-    default=0,
-  ),
-)
-_BASE = _option(
-  '--base', 'where the base of an adapter lies now', default='', metavar='DIR'
-)
-_TO = _option('--to', 'what is written', required=True, type=_path)
-_PAGE = _option(
-  '--to', 'the page; by default WORKDIR/report.html', type=_path, default=None
-)
-_PROMPT = (
-  _option('--prompt', 'how the text begins', default=''),
-  _option(
-    '--chat',
-    'the prompt is what a user says, and an assistant answers',
-    action='store_true',
-  ),
-  _option('--system', 'the system turn of a chat', default=''),
-)
-_SAMPLING = (
-  _option(
-    '--max_new_tokens',
-    'default: up to the trained length',
-    type=_number(int, 1),
-    default=None,
-  ),
-  _option('--temperature', '0: the likeliest', type=float, default=0.8),
-  _option('--top_k', '0: no limit', type=int, default=0),
-  _option('--top_p', '1: no limit', type=float, default=1.0),
-  _option(
-    '--min_p',
-    "share of the likeliest token's probability; 0: no limit",
-    type=float,
-    default=0.0,
-  ),
-  _option('--repetition_penalty', '1: none', type=float, default=1.0),
-  _option('--seed', 'the same gives the same text', type=int, default=0),
-)
-_STOP = _option(
-  '--stop',
-  'end before this text; may be given again',
-  action='append',
-  default=[],
-  metavar='TEXT',
-)
-_ROWS = _option('--rows', 'shown of the batch', type=_number(int, 1), default=2)
-_KILLS = _option(
-  '--kills',
-  'at random moments, besides one at each named point',
-  type=_number(int, 0),
-  default=20,
-)
-_SOURCE = _option(
-  '--source', 'other text; the default is the held-out split', default=''
-)
-_PROMPTS = _option(
-  '--source',
-  'records with prompts or conversations: as data.source',
-  required=True,
-)
-_BEST = (
-  _option(
-    '--best_of',
-    'answers to a prompt, of which the best is written',
-    type=_number(int, 1),
-    default=1,
-  ),
-  _option('--reward', 'what is best: as stage.reward', default=''),
-  _option('--least', 'an answer must have more of it', type=float, default=0.0),
-)
-_OPTIONAL = {'required': False, 'default': ''}
-_CONSTITUTION = (
-  _option(
-    '--constitution', 'principles by which answers are revised', default=''
-  ),
-  _option(
-    '--backend', 'what answers: a working directory, or http://…', default=''
-  ),
-  _option('--model', 'its name at an endpoint', default=''),
-  _option('--key_env', 'the environment variable with its key', default=''),
-  _option('--judge', 'what prefers, as --backend; the same', default=''),
-  _option('--judge_model', 'its name at an endpoint', default=''),
-  _option(
-    '--judge_key_env', 'the environment variable with its key', default=''
-  ),
-  _option('--source', 'records with prompts', default=''),
-  _option('--to', 'a new folder', type=_path, default=None),
-  _option(
-    '--kind',
-    'sft: revised answers, pairs: preferences, or both',
-    default='both',
-  ),
-  _option('--rounds', 'of revision', type=_number(int, 1), default=1),
-  _option('--limit', 'prompts; 0: all', type=_number(int, 0), default=0),
-  _option('--max_calls', 'in all; 0: any', type=_number(int, 0), default=0),
-  _option('--max_tokens', 'in all; 0: any', type=_number(int, 0), default=0),
-  _option('--max_new_tokens', 'of a reply', type=_number(int, 1), default=512),
-  _option('--temperature', 'of answers and revisions', type=float, default=1.0),
-  _option('--seed', 'of all that is drawn', type=_number(int, 0), default=0),
-)
 # What a user types, the function, its options.
 COMMANDS = {
-  'quickstart': (quickstart, [_folder('runs/quickstart')]),
-  'train': (train, [_CONFIG, _folder(None), _DEVICES, *_PROCESSES]),
+  'quickstart': (quickstart, [options.folder('runs/quickstart')]),
+  'train': (
+    train,
+    [options.CONFIG, options.folder(None), options.DEVICES, *options.PROCESSES],
+  ),
   'generate': (
     generate,
-    [_folder(None), *_PROMPT, *_SAMPLING, _STOP, _BASE],
+    [
+      options.folder(None),
+      *options.PROMPT,
+      *options.SAMPLING,
+      options.STOP,
+      *options.SPEED,
+      options.BASE,
+    ],
   ),
-  'answer': (answer, [_folder(None), _PROMPTS, _TO, *_BEST, *_SAMPLING, _BASE]),
-  'eval': (evaluate, [_folder(None), _SOURCE, _BASE]),
-  'merge': (merge, [_folder(None), _TO, _BASE]),
-  'report': (report, [_folder(None), _PAGE]),
+  'answer': (
+    answer,
+    [
+      options.folder(None),
+      options.PROMPTS,
+      options.TO,
+      *options.BEST,
+      *options.SAMPLING,
+      options.BASE,
+    ],
+  ),
+  'eval': (evaluate, [options.folder(None), options.SOURCE, options.BASE]),
+  'merge': (merge, [options.folder(None), options.TO, options.BASE]),
+  'report': (report, [options.folder(None), options.PAGE]),
   'prepare': (
     prepare,
-    [(_CONFIG[0], _CONFIG[1] | _OPTIONAL), _folder(''), *_CONSTITUTION],
+    [
+      (options.CONFIG[0], options.CONFIG[1] | options.OPTIONAL),
+      options.folder(''),
+      *options.CONSTITUTION,
+    ],
   ),
-  'check': (check, [_CONFIG, _folder('runs/check'), _ROWS, _DEVICES]),
-  'drill': (drill, [_CONFIG, _folder(None), _KILLS]),
+  'check': (
+    check,
+    [
+      options.CONFIG,
+      options.folder('runs/check'),
+      options.ROWS,
+      options.DEVICES,
+    ],
+  ),
+  'drill': (drill, [options.CONFIG, options.folder(None), options.KILLS]),
   'doctor': (doctor, []),
 }
 
@@ -423,11 +325,11 @@ def make_parser() -> Parser:
   )
   parser.add_argument('--version', action='version', version=__version__)
   commands = parser.add_subparsers(dest='command', required=True)
-  for name, (function, options) in COMMANDS.items():
+  for name, (function, declared) in COMMANDS.items():
     text = function.__doc__
     one = commands.add_parser(name, help=text, description=text)
     one.set_defaults(function=function)
-    for flag, how in options:
+    for flag, how in declared:
       one.add_argument(flag, **how)
   return parser
 

@@ -74,26 +74,30 @@ def of_rewards(
   return found
 
 
-def of_gap(
-  old_BL: np.ndarray, columns: dict[str, np.ndarray], limit: float
-) -> dict[str, float]:
-  """The meter between sampler and trainer.
+def of_gap(columns: dict[str, np.ndarray]) -> dict[str, float]:
+  """The meter between sampler and trainer, of the columns of a rollout."""
+  mask_BL = columns['loss_mask'][:, 1:]
+  pair = columns['old_logps'], columns['sampler_logps']
+  return {
+    name: float(one.total / one.weight)
+    for name, one in policy.gap(*pair, mask_BL).items()
+  }
+
+
+def check_gap(figures: dict[str, float], limit: float) -> None:
+  """Ends a run whose sampler is not the policy that it trains.
 
   Args:
-    old_BL: log-probabilities of the trainer.
-    columns: of the rollout.
+    figures: with `sampler_gap`.
     limit: nats a token, in the mean; 0: none.
 
   Raises:
     UserError: they differ by more.
   """
-  mask_BL = columns['loss_mask'][:, 1:]
-  gap = policy.gap(old_BL, columns['sampler_logps'], mask_BL)
-  mean = float(gap.mean.total / gap.mean.weight)
+  mean = figures['sampler_gap']
   if limit and not mean <= limit:
     raise UserError(
       f'sampler and trainer differ by {mean:.3g} nats a token in the mean, '
       f'above stage.max_gap={limit}: they are not one policy; compare '
       'model.dtype and model.attention, or raise stage.max_gap'
     )
-  return {'sampler_gap': mean, 'sampler_gap_max': float(gap.largest)}

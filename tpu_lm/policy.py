@@ -328,11 +328,20 @@ class Objective(NamedTuple):
   def losses(
     self, logps_BL: jax.Array, columns: Batch, mask_BL: jax.Array
   ) -> tuple[jax.Array, dict[str, Mean]]:
-    """What to minimise a token, [B, L], and meters."""
-    advantages, old_BL = columns['advantages'], columns['old_logps']
+    """What to minimise a token, [B, L], and meters.
+
+    Without the column `old_logps` the policy is what answered, and is compared
+    with its sampler here.
+    """
+    advantages, old_BL = columns['advantages'], columns.get('old_logps')
+    fresh = old_BL is None
+    if fresh:
+      old_BL = jax.lax.stop_gradient(logps_BL)
     clips = self.clip_low, self.clip_high
     ratios_BL = ratios(logps_BL, old_BL, mask_BL, self.level)
     metrics = meters(logps_BL, old_BL, ratios_BL, advantages, mask_BL, *clips)
+    if fresh:
+      metrics |= gap(old_BL, columns['sampler_logps'], mask_BL)
     losses_BL = surrogate(
       self.kind, logps_BL, ratios_BL, advantages, mask_BL, *clips,
       self.dual_clip,
@@ -396,20 +405,19 @@ def meters(
   }
 
 
-class Gap(NamedTuple):
-  """How far two log-probabilities of the same tokens are apart, in nats."""
-
-  mean: Mean  # of |difference|
-  largest: jax.Array  # float32 [], NaN if one of them is; combine by max
-
-
 def gap(
   logps_BL: jax.Array, sampler_logps_BL: jax.Array, mask_BL: jax.Array
-) -> Gap:
-  """The sampler-trainer meter, over the answers' tokens."""
+) -> dict[str, Mean]:
+  """The sampler-trainer meter: |difference| of the answers' tokens, in nats.
+
+  NaN if one of them is. Of the largest see `meters`.
+  """
   apart_BL = jnp.where(mask_BL, jnp.abs(logps_BL - sampler_logps_BL), 0)
   apart_BL = apart_BL.astype(jnp.float32)
-  return Gap(aggregate(apart_BL, mask_BL), apart_BL.max())
+  return {
+    'sampler_gap': aggregate(apart_BL, mask_BL),
+    'sampler_gap_max': Mean(apart_BL.max(), jnp.ones((), jnp.float32)),
+  }
 
 
 def entropies(logits_BLV: jax.Array) -> jax.Array:

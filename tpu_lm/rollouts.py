@@ -3,30 +3,33 @@
 A stage that learns from its own answers asks here, in its `prepare`: prompts
 of a batch are answered (generate/), answers are scored by host code while the
 device goes on (scoring.py), and come back as rows that a loss can read, with
-their log-probabilities under the sampler and under the trainer. A row is one
-answer behind its prompt. Every random number derives from (seed, step, place in
-the batch, sample), so that a run that was killed samples the same again.
+their log-probabilities under the sampler and under the trainer. A row is a
+prompt and one or several answers (data/answer_rows.py). Every random number
+derives from (seed, step, place in the batch, sample), so that a run that was
+killed samples the same again.
 
 Rows of prompts (`data.rows=prompts`) hold no more than numbers for a batch:
 `row`, which record of the split, and `step`, both int32 [B].
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tpu_lm import advantages, meters, scoring, sharding, stage
+from tpu_lm.answered import Answers, Started, gathered
 from tpu_lm.data import answer_rows, chat, loader, prompts
-from tpu_lm.generate import batching, engine
+from tpu_lm.generate import batching
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.phases import Phases
 
-_TOGETHER = 16  # answers scored at a time
+_AT_ONCE = 16  # answers scored at a time
+_LOGPS = 'old_logps', 'sampler_logps', 'reference_logps'
 
 
 class Sampling(NamedTuple):
@@ -39,20 +42,30 @@ class Sampling(NamedTuple):
   temperature: float = 1.0
   updates: int = 1  # passes over a rollout
   minibatches: int = 1  # updates a pass
+  together: int = 1  # answers that stand in one row, behind their prompt
   resample: int = 0  # times that groups without variance are replaced (DAPO)
   slots: int = 64  # answers decoded together
   max_gap: float = 0.1  # nats between sampler and trainer, mean; 0: any
 
-  def check(self) -> None:
+  @property
+  def once(self) -> bool:
+    """Whether all updates on a rollout are one: by the policy that answered."""
+    return self.updates * self.minibatches == 1
+
+  def check(self, model: Any) -> None:
     """Refuses what cannot be, by the keys of a stage."""
     for key in (
-      'group', 'max_new_tokens', 'updates', 'minibatches', 'slots'
+      'group', 'max_new_tokens', 'updates', 'minibatches', 'slots', 'together',
     ):  # fmt: skip
       value = getattr(self, key)
       stage.require(value >= 1, key, value, 'must be at least 1')
     for key in ('resample', 'max_gap'):
       value = getattr(self, key)
       stage.require(value >= 0, key, value, 'must not be negative')
+    together, sliding = self.together, any(model.config.windows)
+    fits = together == 1 or not (self.group % together or sliding)
+    wanted = '1' if sliding else f'must divide group={self.group}'
+    stage.require(fits, 'together', together, wanted)
     heat = self.temperature
     stage.require(heat > 0, 'temperature', heat, 'must be above 0')
 
@@ -61,29 +74,22 @@ ONE_ANSWER = Sampling(group=1)
 
 
 class Rollout(NamedTuple):
-  """N answers, those to one prompt side by side."""
+  """N answers, those to one prompt side by side, in B rows."""
 
   columns: dict[str, np.ndarray]  # rows of the loss, numpy
   rewards: np.ndarray  # float64 [N], NaN: not judged, and masked
   finished: np.ndarray  # bool [N]: stopped by itself
   figures: dict[str, float]  # of all, for the metrics
 
+  def of_answers(self, values_N: np.ndarray) -> np.ndarray:
+    """A number an answer as a column: [B], or [B, G] with several a row."""
+    together = len(values_N) // len(self.columns['tokens'])
+    return values_N.reshape(-1, together) if together > 1 else values_N
+
   @property
   def mask_BL(self) -> np.ndarray:
     """Bool: which targets are the answers' tokens."""
     return self.columns['loss_mask'][:, 1:]
-
-
-class _Answers(NamedTuple):
-  prompts: list[prompts.Prompt]  # one an answer
-  ids: list[list[int]]  # of the prompt
-  found: list[engine.Completion]
-  scored: scoring.Scored | None
-
-
-class _Started(NamedTuple):
-  numbers: list[int]
-  futures: list[Any]  # of the reward, and of the true one
 
 
 class Rollouts:
@@ -124,13 +130,26 @@ class Rollouts:
   # What a stage asks for.
 
   def sample(
-    self, params: Any, batch: dict, key: jax.Array, how: Sampling
+    self,
+    params: Any,
+    batch: dict,
+    key: jax.Array,
+    how: Sampling,
+    scores: bool = True,
   ) -> Rollout:
     """Answers the prompts of a batch, `how.group` times each.
 
-    The columns of the rollout are tokens, segment_ids, positions and loss_mask
-    [N, L+1], `sampler_logps` and `old_logps` [N, L]. What was not judged is
-    not in the mask.
+    The columns of the rollout are those of data/answer_rows.py, and
+    `sampler_logps` and `old_logps` [B, L]. What was not judged is not in the
+    mask.
+
+    Args:
+      params: of the policy.
+      batch: of prompts.
+      key: of the step.
+      how: the keys of the stage.
+      scores: whether `old_logps` are made, and the sampler compared with them;
+        else the loss does both, in its one update (policy.Objective).
 
     Raises:
       UserError: the sampler is not the trainer's policy (`how.max_gap`), or
@@ -145,18 +164,20 @@ class Rollouts:
       fresh = jax.random.fold_in(key, again)
       drawn = jax.random.randint(fresh, dead.shape, 0, len(self.prompts))
       other = self._answered(params, np.asarray(drawn)[dead], fresh, how)
-      found = _replaced(found, other, np.repeat(dead, how.group))
-    columns = self._columns(found)
-    with self._phases('score'):
-      old = self.logps(params, columns, how)
-    columns['old_logps'] = old
+      found = found.replaced(other, np.repeat(dead, how.group))
+    found = found.evened(how.group, how.together)
+    columns = self._columns(found, how)
     rewards = np.zeros(len(found.found))
     figures = meters.of_answers(found.found)
     if found.scored:
       rewards = found.scored.total
-      columns['loss_mask'] &= ~np.isnan(rewards)[:, None]
+      answer_rows.keep(columns, ~np.isnan(rewards))
       figures |= meters.of_rewards(found.scored, how.group, how.reward)
-    figures |= meters.of_gap(old, columns, how.max_gap)
+    if scores:
+      with self._phases('score'):
+        columns['old_logps'] = self.logps(params, columns, how)
+      figures |= meters.of_gap(columns)
+      meters.check_gap(figures, how.max_gap)
     step = int(jax.device_get(batch['step'])[0])
     self._write(step, found)
     finished = np.array([one.finished for one in found.found])
@@ -191,11 +212,11 @@ class Rollouts:
 
     With several minibatches each pass has the rows in another order.
     """
+    count = len(rollout.columns['tokens'])
     columns = rollout.columns | {
-      meters.FIGURE + name: np.full(len(rollout.rewards), value, np.float32)
+      meters.FIGURE + name: np.full(count, value, np.float32)
       for name, value in rollout.figures.items()
     }
-    count = len(rollout.rewards)
     parts = self._microbatches * self._shards
     size = -(-count // how.minibatches)
     size = -(-size // parts) * parts
@@ -227,7 +248,7 @@ class Rollouts:
 
   def _answered(
     self, params: Any, numbers: np.ndarray, key: jax.Array, how: Sampling
-  ) -> _Answers:
+  ) -> Answers:
     """Answers to the records of these numbers, scored as groups finish."""
     asked = [self.prompts[int(n)] for n in numbers]
     ids = [self.template.prompt(one.messages, one.tools) for one in asked]
@@ -253,16 +274,16 @@ class Rollouts:
         if how.reward and not missing[number // how.group]:
           first = number - number % how.group
           ready += range(first, first + how.group)
-          if len(ready) >= _TOGETHER or not missing.any():
+          if len(ready) >= _AT_ONCE or not missing.any():
             started.append(self._started(ready, asked, found, how))
             ready = []
     with self._phases('reward'):
-      scored = _gathered(started, len(asked)) if started else None
-    return _Answers(
+      scored = gathered(started) if started else None
+    return Answers(
       asked, [one for one in ids for _ in range(how.group)], found, scored
     )
 
-  def _started(self, numbers, asked, found, how: Sampling) -> _Started:
+  def _started(self, numbers, asked, found, how: Sampling) -> Started:
     """Begins to score the answers of these numbers, in other threads."""
     samples = [
       scoring.Sample(
@@ -276,7 +297,7 @@ class Rollouts:
     ]
     keys = [key for key in ('reward', 'true_reward') if getattr(how, key)]
     futures = [self._scoring(how, key).start(samples) for key in keys]
-    return _Started(numbers, futures)
+    return Started(numbers, futures)
 
   def _scoring(self, how: Sampling, key: str) -> scoring.Scoring:
     text = getattr(how, key)
@@ -284,66 +305,27 @@ class Rollouts:
       self._scorings[text] = scoring.parse(text, f'stage.{key}')
     return self._scorings[text]
 
-  def _columns(self, found: _Answers) -> dict[str, np.ndarray]:
+  def _columns(self, found: Answers, how: Sampling) -> dict[str, np.ndarray]:
     answers = [one.tokens for one in found.found]
-    columns = answer_rows.rows(found.ids, answers, self.tokenizer.pad_id)
+    columns = answer_rows.rows(
+      found.ids,
+      answers,
+      self.tokenizer.pad_id,
+      how.together,
+      how.max_new_tokens,
+    )
     sampled = [one.sampled_logps for one in found.found]
     columns['sampler_logps'] = answer_rows.beside(columns, sampled)
     return columns
 
-  def _write(self, step: int, found: _Answers) -> None:
+  def _write(self, step: int, found: Answers) -> None:
     """Writes WORKDIR/rollouts/STEP.jsonl, one answer a line."""
     if self._workdir is None or jax.process_index():
       return
     folder = self._workdir / 'rollouts'
     folder.mkdir(exist_ok=True)
     path = folder / f'{step:08d}.jsonl'
-    partial = path.with_suffix('.tmp')
-    with open(partial, 'w', encoding='utf-8') as file:
-      for line in self._lines(step, found):
-        file.write(json.dumps(line, ensure_ascii=False) + '\n')
-    partial.replace(path)
-
-  def _lines(self, step: int, found: _Answers) -> Iterator[dict[str, Any]]:
-    scored = found.scored
-    for i, one in enumerate(found.found):
-      line = {
-        'step': step,
-        'prompt': found.prompts[i].messages,
-        'text': self.tokenizer.decode(one.tokens),
-        'tokens': one.tokens,
-        'finished': one.finished,
-      }
-      if scored:
-        line['reward'] = _number(scored.total[i])
-        line['rewards'] = {k: _number(v[i]) for k, v in scored.values.items()}
-        line['notes'] = {k: v[i] for k, v in scored.notes.items() if v[i]}
-      yield line
-
-
-def _gathered(parts: list[_Started], count: int) -> scoring.Scored:
-  """Waits for all that has been started; in the order of the answers."""
-  found = [part.futures[0].result() for part in parts]
-  order = np.argsort(np.concatenate([part.numbers for part in parts]))
-  assert len(order) == count
-
-  def joined(get: Callable) -> dict[str, np.ndarray]:
-    columns = [get(one) for one in found]
-    return {
-      name: np.concatenate([column[name] for column in columns])[order]
-      for name in columns[0]
-    }
-
-  values = joined(lambda one: one.values)
-  true = [f.result().total for part in parts for f in part.futures[1:]]
-  if true:
-    values['true'] = np.concatenate(true)[order]
-  return scoring.Scored(
-    np.concatenate([one.total for one in found])[order],
-    values,
-    joined(lambda one: one.parsed),
-    {k: v.tolist() for k, v in joined(lambda one: one.notes).items()},
-  )
+    found.write(path, step, self.tokenizer.decode)
 
 
 def then(
@@ -361,50 +343,38 @@ def then(
   return sampled
 
 
+def by_answer(
+  batch: stage.Batch, logps_BL: jax.Array, mask_BL: jax.Array
+) -> tuple[stage.Batch, jax.Array, jax.Array]:
+  """(columns, log-probabilities, mask) as policy.py has them: a row an answer.
+
+  Args:
+    batch: rows of one or several answers.
+    logps_BL: of the targets.
+    mask_BL: which are the answers'.
+  """
+  at_BGA = batch.get('answer_at')
+  if at_BGA is None:
+    return batch, logps_BL, mask_BL
+  at_BX = at_BGA.reshape(len(at_BGA), -1)
+
+  def moved(x_BL):
+    x_BX = jnp.take_along_axis(x_BL, at_BX, axis=1)
+    return x_BX.reshape(-1, at_BGA.shape[2])
+
+  columns = {name: moved(batch[name]) for name in _LOGPS if name in batch}
+  columns['advantages'] = batch['advantages'].reshape(-1)
+  return columns, moved(logps_BL), moved(mask_BL)
+
+
 def numbers(batches: loader.Loader, step: int) -> dict[str, np.ndarray]:
   """What a stage that samples reads of batch `step`; see the module."""
   found = batches.row_numbers(step).astype(np.int32)
   return {'row': found, 'step': np.full_like(found, step + 1)}
 
 
-def _number(value: float) -> float | None:
-  return None if np.isnan(value) else float(value)
-
-
 def _by_group(rewards: np.ndarray, how: Sampling) -> np.ndarray:
   return rewards.reshape(-1, how.group)
-
-
-def _replaced(found: _Answers, other: _Answers, where: np.ndarray) -> _Answers:
-  """`found` with the answers of `other` where the mask says."""
-  at = np.flatnonzero(where)
-
-  def put(old, new):
-    if isinstance(old, np.ndarray):
-      old = old.copy()
-      old[at] = new
-      return old
-    mixed = list(old)
-    for i, value in zip(at, new, strict=True):
-      mixed[i] = value
-    return mixed
-
-  def each(old, new):
-    return {name: put(old[name], new[name]) for name in old}
-
-  a, b = found.scored, other.scored
-  scored = scoring.Scored(
-    put(a.total, b.total),
-    each(a.values, b.values),
-    each(a.parsed, b.parsed),
-    each(a.notes, b.notes),
-  )
-  return _Answers(
-    put(found.prompts, other.prompts),
-    put(found.ids, other.ids),
-    put(found.found, other.found),
-    scored,
-  )
 
 
 def _cut(columns: dict, size: int) -> Iterator[dict[str, np.ndarray]]:

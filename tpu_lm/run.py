@@ -326,6 +326,7 @@ class Run:
         f'{values["gradient_norm"]:.4g}); the rows of this step are {names}; '
         'look at them with `tpu_lm check`, or lower optimizer.learning_rate'
       )
+    self.stage.watch(values)
     if step % self.config.log_every == 0 or self._is_last(step):
       # Of the rows of this process: it tells if two runs saw the same data.
       values['rows_crc'] = functools.reduce(

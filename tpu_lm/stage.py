@@ -37,6 +37,10 @@ LossFn = Callable[[Params, Batch, Key], tuple[Mean, dict[str, Mean]]]
 PrepareFn = Callable[[Params, Batch, Key], Iterable[Batch]]
 
 
+def any_metrics(metrics: dict[str, float]) -> None:
+  """The default `watch`."""
+
+
 def as_it_came(params: Params, batch: Batch, key: Key) -> Iterable[Batch]:
   """The default `prepare`: one update on the batch itself."""
   del params, key
@@ -50,11 +54,15 @@ class Stage(NamedTuple):
   (a reference's log-probabilities, a teacher's logits). A run computes them
   once for every row it visits, keeps them, and gives them with the batch;
   `prepare` then returns the batch as it came.
+
+  `watch` sees the metrics of each step, before a checkpoint has that step;
+  it ends a run by a UserError.
   """
 
   loss: LossFn
   prepare: PrepareFn = as_it_came
   kept: tuple[str, ...] = ()
+  watch: Callable[[dict[str, float]], None] = any_metrics
 
 
 def adding(

@@ -51,7 +51,7 @@ def collected(count, found):
 
 @pytest.mark.parametrize(
   ('shape', 'slots', 'copies'),
-  [('plain', 4, 1), ('windows', 8, 3), ('plain', 64, 2)],
+  [('plain', 4, 1), ('windows', 8, 3), ('grouped', 64, 4)],
 )
 def test_completions_are_those_of_plain_generation(shape, slots, copies):
   model, params = make(shape)
@@ -66,6 +66,28 @@ def test_completions_are_those_of_plain_generation(shape, slots, copies):
     model, params, asked, most, stop_ids=stops, slots=slots, **options
   )
   same(collected(8 * copies, found), expected)
+
+
+@pytest.mark.parametrize('copies', [1, 4])
+def test_slots_are_given_up_as_they_become_free(monkeypatch, copies):
+  """The one long completion ends in a small batch, and nothing changes."""
+  model, params = make('windows')
+  asked = prompts(*[5, 9, 3, 14] * (4 // copies))
+  most = np.full(16, 3)
+  most[[3, 6]] = 40, 17
+  sizes = []
+  decode = engine.advance
+
+  def advance(model, params, state, *args):
+    sizes.append(len(state.done_B))
+    return decode(model, params, state, *args)
+
+  options = {'seed': 4, 'copies': copies, 'quantised_cache': copies > 1}
+  expected = engine.generate(model, params, asked, most, **options)
+  monkeypatch.setattr(engine, 'advance', advance)
+  found = batching.completed(model, params, asked, most, **options)
+  same(collected(16, found), expected)
+  assert (sizes[0], sizes[-1]) == (16, 4)
 
 
 def test_seeds_say_the_tokens_whatever_the_batch():

@@ -12,7 +12,7 @@ from engine_test import GREEDY, full_logps, make, prompts
 from tpu_lm.errors import UserError
 from tpu_lm.generate import engine, speculative
 from tpu_lm.generate.sampler import Sampler, log_probabilities
-from tpu_lm.generate.speculative import Draft
+from tpu_lm.generate.speculative import Draft, Guessing
 from tpu_lm.models import transformer
 
 
@@ -47,8 +47,7 @@ def test_greedy_tokens_are_the_same(shape, guesser):
     most,
     GREEDY,
     stops,
-    draft=guessers(shape)[guesser],
-    ahead=3,
+    guessing=Guessing(guessers(shape)[guesser], 3),
   )
   for a, b in zip(found.completions, expected, strict=True):
     assert a.tokens == b.tokens
@@ -98,8 +97,7 @@ def test_samples_follow_the_sampler(guesser):
     [prompt] * count,
     3,
     sampler,
-    draft=Draft(model, other) if guesser == 'draft' else None,
-    ahead=2,
+    guessing=Guessing(Draft(model, other) if guesser == 'draft' else None, 2),
   )
   counts = np.zeros((5, 5, 5))
   np.add.at(counts, tuple(np.array([c.tokens for c in found.completions]).T), 1)
@@ -113,7 +111,7 @@ def test_log_probabilities_are_those_of_the_tokens():
   model, params = make('windows')
   sampler, asked = Sampler(0.7, top_p=0.9), prompts(3, 14)
   found = speculative.generate(
-    model, params, asked, 12, sampler, draft=draft(), ahead=2, seed=4
+    model, params, asked, 12, sampler, seed=4, guessing=Guessing(draft(), 2)
   )
   for prompt, one in zip(asked, found.completions, strict=True):
     whole = full_logps(model, params, prompt + one.tokens)
@@ -160,8 +158,8 @@ def test_users_mistakes_are_named():
   model, params = make('plain')
   small = Draft(transformer.Transformer(transformer.Config(vocab_size=9)), {})
   for options, message in (
-    ({'ahead': 0}, 'ahead=0'),
-    ({'draft': small}, 'vocabulary has 9 tokens'),
+    ({'guessing': Guessing(ahead=0)}, 'ahead=0'),
+    ({'guessing': Guessing(small)}, 'vocabulary has 9 tokens'),
     ({'sampler': Sampler(repetition_penalty=1.2)}, 'repetition_penalty=1.2'),
   ):
     with pytest.raises(UserError, match=message):

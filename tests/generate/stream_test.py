@@ -7,6 +7,7 @@ from tpu_lm import tokenizer as tokenizers
 from tpu_lm.errors import UserError
 from tpu_lm.generate import engine
 from tpu_lm.generate.sampler import Sampler
+from tpu_lm.generate.speculative import Draft, Guessing
 from tpu_lm.generate.stream import Detokenizer, StopStrings, show, stream
 from tpu_lm.models import transformer
 
@@ -119,6 +120,28 @@ def test_the_stream_is_the_completion(tokenizer, model_and_params):
     stop=[stop],
   )
   assert ''.join(pieces) == text[: text.index(stop)]
+
+
+def test_faster_ways_give_the_same_text(tokenizer, model_and_params):
+  model, params = model_and_params
+  greedy = Sampler(temperature=0)
+
+  def text(**options):
+    pieces = stream(
+      model, params, tokenizer, 'and ', sampler=greedy, max_new_tokens=40,
+      **options,
+    )  # fmt: skip
+    return ''.join(pieces)
+
+  plain = text()
+  draft = Draft(model, jax.tree.map(lambda x: 1.1 * x, params))
+  for guessing in (Guessing(), Guessing(draft, 3)):
+    assert text(guessing=guessing) == plain
+    shown = plain[: plain.index(plain[9:12])]
+    assert text(guessing=guessing, stop=[plain[9:12]]) == shown
+  assert len(text(quantised_cache=True)) > 2
+  with pytest.raises(UserError, match='quantised_cache: not with'):
+    text(quantised_cache=True, guessing=Guessing())
 
 
 def test_the_trained_length_is_kept_or_warned_of(tokenizer, model_and_params):

@@ -23,7 +23,7 @@ def inputs(length=150, keys=None, heads=4, groups=2, size=8, rows=2, seed=0):
   return [rng.normal(size=s).astype(np.float32) * 1.5 for s in shapes]
 
 
-def packed(length, rows=2):
+def packed(length, rows=2, first=1):
   """Segment ids: ragged documents, then padding; the last row has none."""
   ids = np.zeros((rows, length), np.int32)
   for r in range(rows):
@@ -31,7 +31,7 @@ def packed(length, rows=2):
     for segment, (a, b) in enumerate(
       zip([0, *ends[:-1]], ends, strict=True), 1
     ):
-      ids[r, int(a) : int(b)] = segment
+      ids[r, int(a) : int(b)] = first if segment == 1 else segment
   return ids
 
 
@@ -49,7 +49,9 @@ def reference(
     seen = seen & (gap < window)
   alive = True
   if segments is not None:
-    seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
+    of_keys = segments[1][:, None, :]
+    same = segments[0][:, :, None] == of_keys
+    seen = seen & (same | (of_keys == attention.SHARED))
     alive = (segments[0] != 0)[:, :, None, None]
   logits = SCALE * jnp.einsum('blhk,bshk->bhls', q, k, precision='highest')
   if cap:
@@ -79,6 +81,7 @@ CASES = {
   'one_head_a_group': {'heads': 2},
   'one_group': {'groups': 1},
   'segments': {'segments': True},
+  'shared': {'segments': True, 'first': attention.SHARED},
   'window': {'window': 37},
   'window_of_one': {'window': 1},
   'window_longer_than_row': {'window': 1000},
@@ -101,7 +104,8 @@ def test_agrees_with_reference_in_value_and_gradient(case, implementation):
     pytest.skip('has no soft cap')
   segments = None
   if options.get('segments'):
-    segments = (packed(options['length']),) * 2
+    first = options.get('first', 1)
+    segments = (packed(options['length'], first=first),) * 2
 
   def attend(q, k, v):
     return attention.attend(

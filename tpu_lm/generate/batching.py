@@ -3,7 +3,8 @@
 A fixed number of slots is decoded together. Whenever an eighth of them are
 done, their completions are given out and the next prompts are put into them; a
 prompt that several sequences share is run once. Three programs do all, of
-shapes that are known beforehand, so that nothing is compiled on the way.
+shapes that are known beforehand, so that nothing is compiled on the way. Where
+all sequences have found a slot at once, slots are halved as they become free.
 
 The device decodes on while the caller works on what it was given.
 """
@@ -28,6 +29,7 @@ from tpu_lm.models.transformer import Transformer
 _SEGMENT = 64  # the most tokens of a sequence between two looks at all of them
 _SHARE = 8  # of the slots, one in so many is done before they are refilled
 _SMALLEST = 16
+_FEWEST = 4  # slots, of which none are given up any more
 
 
 def completed(
@@ -112,19 +114,77 @@ def _completed(model, params, state, sampler, pool, num_first):
   parts: dict[int, _Part] = collections.defaultdict(lambda: _Part([], [], []))
   if pool is not None:
     state = pool.refill(_rewound(state), owners, begins)
-  wake = max(num_slots // _SHARE, 1)
   ready = []
   while any(owner is not None for owner in owners):
+    wake = max(len(owners) // _SHARE, 1)
     num_done = sum(owner is None for owner in owners) + wake
     state = engine.advance(
-      model, params, state, room, sampler, min(num_done, num_slots)
+      model, params, state, room, sampler, min(num_done, len(owners))
     )
     yield from ready  # while the device decodes
     ready = _taken(state, owners, begins, parts)
-    state, begins = _rewound(state), [1] * num_slots
+    state, begins = _rewound(state), [1] * len(owners)
     if pool is not None:
       state = pool.refill(state, owners, begins)
+    elif (chosen := _fewer(state, owners)) is not None:
+      weights = state.weights
+      state = _shrunk(state._replace(weights=None), chosen)
+      state = state._replace(weights=weights)
+      owners = [owners[slot] for slot in chosen]
+      begins = [1] * len(owners)
   yield from ready
+
+
+def _fewer(state: State, owners: list) -> np.ndarray | None:
+  """The slots that suffice: half, a quarter, … of them; None: it takes all.
+
+  Of each prompt that is kept once as many must be left.
+  """
+  groups, slots = 1, state.cache.layers[0]
+  if slots.prefix_k is not None:  # whose heads may be part of this axis
+    groups = len(slots.prefix_k) * len(owners) // len(slots.k)
+  free_PC = np.array([owner is None for owner in owners]).reshape(groups, -1)
+  most = max(int((~free_PC).sum(axis=1).max()), -(-_FEWEST // groups))
+  if 2 * (copies := bucket(most)) > free_PC.shape[1]:
+    return None
+  # Those under way first.
+  chosen_PC = np.argsort(free_PC, axis=1, kind='stable')[:, :copies]
+  firsts_P1 = np.arange(groups)[:, None] * free_PC.shape[1]
+  return (firsts_P1 + chosen_PC).reshape(-1)
+
+
+@jax.jit
+def _shrunk(state: State, chosen_R) -> State:
+  """The state of these slots."""
+  count = len(state.done_B)
+
+  def slots_of(x):
+    """x [count, …], or [count * heads, …]."""
+    rows = x.reshape(count, -1)[chosen_R]
+    return rows.reshape(-1, *x.shape[1:])
+
+  def layer(slots: ring.Slots) -> ring.Slots:
+    names = ('k', 'v', 'k_scale', 'v_scale')
+    return slots._replace(
+      **{
+        name: slots_of(getattr(slots, name))
+        for name in names
+        if getattr(slots, name) is not None
+      }
+    )
+
+  cache = state.cache._replace(layers=tuple(map(layer, state.cache.layers)))
+  if cache.prefix_B is not None:
+    cache = cache._replace(prefix_B=cache.prefix_B[chosen_R])
+  rows = ('token_B', 'position_B', 'done_B', 'stopped_B')
+  columns = ('tokens_TB', 'logps_TB', 'sampled_logps_TB')
+  return state._replace(
+    cache=cache,
+    rows=jax.tree.map(lambda x: x[chosen_R], state.rows),
+    count_B=jnp.zeros(len(chosen_R), jnp.int32),
+    **{name: getattr(state, name)[chosen_R] for name in rows},
+    **{name: getattr(state, name)[:, chosen_R] for name in columns},
+  )
 
 
 def _rewound(state: State) -> State:

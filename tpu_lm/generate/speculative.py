@@ -43,6 +43,36 @@ class Draft(NamedTuple):
   params: Any
 
 
+class Guessing(NamedTuple):
+  """How tokens are guessed."""
+
+  draft: Draft | None = None  # None: by the text itself
+  ahead: int = 4  # tokens at once
+
+  def check(self, model: Transformer, sampler: Sampler) -> None:
+    """Refuses what cannot be.
+
+    Raises:
+      UserError: of `ahead`, the sampler, or the draft's vocabulary.
+    """
+    if self.ahead < 1:
+      raise UserError(f'ahead={self.ahead}: guess at least 1 token')
+    if sampler.penalises:
+      raise UserError(
+        f'repetition_penalty={sampler.repetition_penalty}: cannot be had with '
+        'speculative decoding; set it to 1'
+      )
+    sizes = [
+      one.config.vocab_size
+      for one in (model, *([self.draft.model] if self.draft else []))
+    ]
+    if len(set(sizes)) > 1:
+      raise UserError(
+        f"draft: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; "
+        'take a draft of the same tokenizer'
+      )
+
+
 class Speculated(NamedTuple):
   """What was generated."""
 
@@ -50,7 +80,7 @@ class Speculated(NamedTuple):
   tokens_a_step: float  # 1: no guess was right; at most ahead + 1
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
   """Sequences under way. T: prompt and completion, C: completion."""
 
   cache: ring.Cache
@@ -64,6 +94,7 @@ class _State(NamedTuple):
   logps_BC: jax.Array
   sampled_logps_BC: jax.Array
   num_steps_B: jax.Array
+  weights: Any = None  # of the model and the draft; never used up
 
 
 def generate(
@@ -76,34 +107,44 @@ def generate(
   seed: int = 0,
   sequence_ids: Sequence[int] | None = None,
   *,
-  draft: Draft | None = None,
-  ahead: int = 4,
+  guessing: Guessing = Guessing(),  # noqa: B008
 ) -> Speculated:
   """Continues every prompt as `engine.generate` does, in fewer steps.
 
   Args:
-    model: and all before `draft`: see `engine.generate`.
+    model: and all before `guessing`: see `engine.generate`.
     sampler: without a repetition penalty.
-    draft: what guesses; None: the text itself.
-    ahead: how many tokens are guessed at once.
+    guessing: how.
 
   Raises:
     UserError: something cannot be generated, or not so.
   """
-  if ahead < 1:
-    raise UserError(f'ahead={ahead}: guess at least 1 token')
-  if sampler.penalises:
-    raise UserError(
-      f'repetition_penalty={sampler.repetition_penalty}: cannot be had with '
-      'speculative decoding; set it to 1'
-    )
-  if draft and draft.model.config.vocab_size != model.config.vocab_size:
-    raise UserError(
-      f'draft: its vocabulary has {draft.model.config.vocab_size} tokens, the '
-      f"model's {model.config.vocab_size}; take a draft of the same tokenizer"
-    )
   if not prompts:
     return Speculated([], 1.0)
+  state = start(
+    model, params, prompts, max_new_tokens, sampler, stop_ids, seed,
+    sequence_ids, guessing=guessing,
+  )  # fmt: skip
+  limit = int(np.max(max_new_tokens))
+  state = advance(model, state, limit, sampler, guessing)
+  return speculated(state, list(map(len, prompts)))
+
+
+def start(
+  model: Transformer,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int | Sequence[int],
+  sampler: Sampler,
+  stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+  seed: int = 0,
+  sequence_ids: Sequence[int] | None = None,
+  *,
+  guessing: Guessing,
+) -> State:
+  """Runs the prompts and draws the first tokens; see `generate`."""
+  guessing.check(model, sampler)
+  draft, ahead = guessing
   sequences = engine.asked(
     model, prompts, max_new_tokens, sampler, stop_ids, seed, sequence_ids, 1
   )
@@ -111,8 +152,6 @@ def generate(
   longest, most = max(map(len, prompts)), max(one.most for one in sequences)
   length = bucket(longest, _SMALLEST)
   tokens_BL, length_B = engine.padded(prompts, num_rows, length)
-  options = {'model': model, 'sampler': sampler, 'ahead': ahead}
-  options['draft_model'] = draft.model if draft else None
   state = _start(
     params,
     draft.params if draft else None,
@@ -121,22 +160,50 @@ def generate(
     engine.rows_of(model, sequences, sampler, num_rows),
     slots=max(engine.room_for(longest + most + ahead + 1), length),
     room=bucket(most + ahead + 1, _SMALLEST),
-    **options,
+    model=model,
+    draft_model=draft.model if draft else None,
+    sampler=sampler,
+    ahead=ahead,
   )
   weights = packed(params, num_rows * (ahead + 1))
-  draft_weights = draft and packed(draft.params, num_rows)
-  state = _run(weights, draft_weights, state, **options)
-  return _fetched(state, prompts)
+  return state._replace(
+    weights=(weights, draft and packed(draft.params, num_rows))
+  )
 
 
-def _fetched(state: _State, prompts) -> Speculated:
+def advance(
+  model: Transformer,
+  state: State,
+  limit: int,
+  sampler: Sampler,
+  guessing: Guessing,
+) -> State:
+  """Decodes until each sequence is done or has `limit` tokens, or some more.
+
+  Uses `state` up.
+  """
+  weights = state.weights
+  state = _run(
+    *weights,
+    state._replace(weights=None),
+    np.int32(limit),
+    model=model,
+    draft_model=guessing.draft.model if guessing.draft else None,
+    sampler=sampler,
+    ahead=guessing.ahead,
+  )
+  return state._replace(weights=weights)
+
+
+def speculated(state: State, lengths: Sequence[int]) -> Speculated:
+  """Fetches what has been generated after prompts of these lengths."""
   state = jax.device_get(
-    state._replace(cache=None, draft_cache=None, rows=None)
+    state._replace(cache=None, draft_cache=None, rows=None, weights=None)
   )
   found = []
-  for row, prompt in enumerate(prompts):
+  for row, length in enumerate(lengths):
     count = state.count_B[row]
-    tokens = state.text_BT[row, len(prompt) : len(prompt) + count]
+    tokens = state.text_BT[row, length : length + count]
     found.append(
       Completion(
         tokens.tolist(),
@@ -145,7 +212,7 @@ def _fetched(state: _State, prompts) -> Speculated:
         state.sampled_logps_BC[row, :count].tolist(),
       )
     )
-  rows = slice(len(prompts))
+  rows = slice(len(lengths))
   num_steps = np.maximum(state.num_steps_B[rows].sum(), 1)
   num_tokens = (state.count_B[rows] - 1).sum()  # the prefill draws the first
   return Speculated(found, float(num_tokens / num_steps) if num_tokens else 1.0)
@@ -158,7 +225,7 @@ def _fetched(state: _State, prompts) -> Speculated:
 def _start(
   params, draft_params, tokens_BL, length_B, rows: Rows,
   *, model, draft_model, sampler, ahead, slots, room,
-) -> _State:  # fmt: skip
+) -> State:  # fmt: skip
   def cache_of(model, kept):
     return caches.filled(
       model.config, kept, length_B, slots, None, at_once=ahead + 1
@@ -172,7 +239,7 @@ def _start(
       draft_model, draft_params, tokens_BL, length_B
     )
     draft_cache = cache_of(draft_model, draft_kept)
-  state = _State(
+  state = State(
     cache=cache_of(model, kept),
     draft_cache=draft_cache,
     rows=rows,
@@ -196,9 +263,13 @@ def _start(
   donate_argnames='state',
 )
 def _run(
-  weights, draft_weights, state: _State, *, model, draft_model, sampler, ahead
-) -> _State:
-  def step(state: _State) -> _State:
+  weights, draft_weights, state: State, limit,
+  *, model, draft_model, sampler, ahead,
+) -> State:  # fmt: skip
+  def goes_on(state: State):
+    return (~state.done_B & (state.count_B < limit)).any()
+
+  def step(state: State) -> State:
     q_BAV = None
     if draft_model:
       state, guess_BA, q_BAV = _drafted(
@@ -218,7 +289,7 @@ def _run(
     )
     return _checked(state, logits_BLV, guess_BA, q_BAV, sampler)
 
-  return jax.lax.while_loop(lambda state: ~state.done_B.all(), step, state)
+  return jax.lax.while_loop(goes_on, step, state)
 
 
 def looked_up(text_BT, length_B, ahead: int) -> jax.Array:
@@ -245,7 +316,7 @@ def looked_up(text_BT, length_B, ahead: int) -> jax.Array:
   return jnp.take_along_axis(text_BT, from_BA, axis=1)
 
 
-def _drafted(model, weights, state: _State, sampler: Sampler, ahead: int):
+def _drafted(model, weights, state: State, sampler: Sampler, ahead: int):
   """(state, guesses [B, A], their distributions as logs [B, A, V])."""
   cache, token_B = state.draft_cache, _at(state.text_BT, state.length_B - 1)
   guesses, logqs = [], []
@@ -266,8 +337,8 @@ def _drafted(model, weights, state: _State, sampler: Sampler, ahead: int):
 
 
 def _checked(
-  state: _State, logits_BLV, guess_BA, logq_BAV, sampler: Sampler
-) -> _State:
+  state: State, logits_BLV, guess_BA, logq_BAV, sampler: Sampler
+) -> State:
   """Takes the guesses that stay, and draws the token after them.
 
   Args:
@@ -325,8 +396,8 @@ def _stay(rows, positions_BA, guess_BA, logp_BAV, logq_BAV) -> jax.Array:
 
 
 def _extended(
-  state: _State, tokens_BL, num_new_B, logps_BL, sampled_logps_BL
-) -> _State:
+  state: State, tokens_BL, num_new_B, logps_BL, sampled_logps_BL
+) -> State:
   """Adds the first `num_new_B` tokens, up to a stop token or the most."""
   steps_L = jnp.arange(tokens_BL.shape[1])
   stop_ids_B1X = state.rows.stop_ids_BX[:, None]

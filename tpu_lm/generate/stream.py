@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from tpu_lm.errors import UserError
-from tpu_lm.generate import engine
+from tpu_lm.generate import engine, speculative
 from tpu_lm.generate.sampler import Sampler
+from tpu_lm.generate.speculative import Guessing
 from tpu_lm.models.transformer import Transformer
 from tpu_lm.tokenizer import Tokenizer
 
@@ -97,6 +98,8 @@ def stream(
   seed: int = 0,
   stop: Sequence[str] = (),
   stop_ids: Sequence[int] = (),
+  quantised_cache: bool = False,
+  guessing: Guessing | None = None,
   warn: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
   """Returns an iterator over the pieces of the text that follows `prompt`.
@@ -115,6 +118,8 @@ def stream(
     seed: the same seed gives the same text.
     stop: strings that end the text and are not part of it.
     stop_ids: tokens that end it, besides the one that ends documents.
+    quantised_cache: keys and values in 8 bits.
+    guessing: for speculative decoding; None: token by token.
     warn: is told if the text may pass the trained length; by default it is
       printed on standard error.
 
@@ -128,46 +133,60 @@ def stream(
     model.config.max_length, len(ids), max_new_tokens, warn or _warn
   )
   sampler.check(model.config.vocab_size)
-  return _stream(
-    model,
-    params,
-    tokenizer,
-    ids,
-    max_new_tokens,
-    sampler,
-    seed,
-    StopStrings(stop),
-    (tokenizer.eot_id, *stop_ids),
-  )
+  stop_ids = (tokenizer.eot_id, *stop_ids)
+  asked = model, params, [ids], max_new_tokens, sampler, stop_ids, seed
+  if guessing is None:
+    grown = _grown(*asked, quantised_cache=quantised_cache)
+  else:
+    guessing.check(model, sampler)
+    if quantised_cache:
+      raise UserError('quantised_cache: not with speculative decoding yet')
+    grown = _speculated(*asked, guessing=guessing)
+  return _texts(grown, Detokenizer(tokenizer), StopStrings(stop))
 
 
-def _stream(
-  model: Transformer,
-  params: Any,
-  tokenizer: Tokenizer,
-  ids: Sequence[int],
-  max_new_tokens: int,
-  sampler: Sampler,
-  seed: int,
-  stops: StopStrings,
-  stop_ids: Sequence[int],
-) -> Iterator[str]:
-  text, num_read = Detokenizer(tokenizer), 0
-  state = engine.start(
-    model, params, [ids], max_new_tokens, sampler, stop_ids, seed
-  )
+def _grown(
+  model, params, prompts, most: int, sampler, stop_ids, seed, *, quantised_cache
+) -> Iterator[engine.Completion]:
+  """The completion of one prompt as it grows, some tokens at a time."""
+  asked = model, params, prompts, most, sampler, stop_ids, seed
+  state = engine.start(*asked, quantised_cache=quantised_cache)
   while True:
-    tokens, _, finished, _ = engine.completions(state, 1)[0]
-    shown = stops.push(text.push(tokens[num_read:]))
+    one = engine.completions(state, 1)[0]
+    yield one
+    if one.finished or len(one.tokens) >= most:
+      return
+    limit = min(len(one.tokens) + _BLOCK, most)
+    state = engine.advance(model, params, state, limit, sampler)
+
+
+def _speculated(
+  model, params, prompts, most: int, sampler, stop_ids, seed, *, guessing
+) -> Iterator[engine.Completion]:
+  """As `_grown`, by speculative decoding."""
+  asked = model, params, prompts, most, sampler, stop_ids, seed
+  state = speculative.start(*asked, guessing=guessing)
+  while True:
+    found = speculative.speculated(state, list(map(len, prompts)))
+    one = found.completions[0]
+    yield one
+    if one.finished or len(one.tokens) >= most:
+      return
+    limit = len(one.tokens) + _BLOCK
+    state = speculative.advance(model, state, limit, sampler, guessing)
+
+
+def _texts(
+  grown: Iterator[engine.Completion], text: Detokenizer, stops: StopStrings
+) -> Iterator[str]:
+  num_read = 0
+  for one in grown:
+    shown = stops.push(text.push(one.tokens[num_read:]))
     if shown:
       yield shown
-    num_read = len(tokens)
+    num_read = len(one.tokens)
     if stops.met:
       return
-    if finished or num_read >= max_new_tokens:
-      break
-    limit = min(num_read + _BLOCK, max_new_tokens)
-    state = engine.advance(model, params, state, limit, sampler)
   rest = stops.push(text.flush())
   rest += '' if stops.met else stops.flush()
   if rest:

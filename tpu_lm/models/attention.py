@@ -4,7 +4,8 @@ Scaled dot-product attention (arXiv 1706.03762, equation 1) with grouped
 key-value heads (arXiv 2305.13245). A query sees a key when all of these hold:
   - causal: its position is not before the key's;
   - window: it is fewer than `window` positions after the key (itself is one);
-  - segments: both are of the same segment, and that is not 0 (padding).
+  - segments: both are of the same segment, and that is not 0 (padding), or the
+    key's is SHARED.
 
 Kernels:
   chunked  queries in chunks; each reads only the keys that it may see, and
@@ -30,6 +31,7 @@ import jax.extend
 import jax.numpy as jnp
 
 IMPLEMENTATIONS = ('auto', 'chunked', 'xla', 'cudnn')
+SHARED = -1  # the segment that all others of its row see too
 _CHUNK = 64  # queries; the best of 32, 64, 128 on two CPU cores at L 256-512
 _ACCELERATOR_CHUNK = 512
 _FEW = 8  # chunks that may as well be worked on at once
@@ -63,7 +65,8 @@ def attend(
     v_BSGK: values.
     segment_ids: int ([B, L], [B, S]) of queries and keys; 0 is padding.
     positions: int ([B or 1, L], [B or 1, S]), for instance those of a cache's
-      slots. None: both are 0, 1, …, which lets unseen chunks be skipped.
+      slots. None: both are 0, 1, …, which lets unseen chunks be skipped; of a
+      row with a shared segment these are not what a window counts by.
     window: how many positions a query sees, its own included; None: all. A
       traced scalar only masks; an int also skips.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0: they stay.
@@ -170,7 +173,8 @@ class _Spots(NamedTuple):
       seen.append(gap_BLS < self.window)
     if self.segment_ids is not None:
       q_BL, k_BS = self.segment_ids
-      seen.append(_plus(q_BL, zero)[:, :, None] == k_BS[:, None, :])
+      same = _plus(q_BL, zero)[:, :, None] == k_BS[:, None, :]
+      seen.append(same | (k_BS[:, None, :] == SHARED))
     return functools.reduce(jnp.logical_and, seen) if seen else None
 
 

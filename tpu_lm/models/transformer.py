@@ -374,7 +374,8 @@ class Transformer(nn.Module):
     Args:
       tokens_BL: int ids, each below `config.vocab_size`.
       positions_BL: int positions for RoPE; by default 0, 1, … in each row.
-      segment_ids_BL: int; a token sees earlier tokens of its own segment.
+      segment_ids_BL: int; a token sees earlier tokens of its own segment, and
+        of attention.SHARED.
       cache: of earlier tokens (`init_cache`); each row's tokens must then
         stand at consecutive positions, and see all before them.
       keeps: whether the keys and values of all layers are returned.

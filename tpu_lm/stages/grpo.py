@@ -1,8 +1,10 @@
 """Group-relative policy optimisation, and its relatives without a value.
 
 Columns: row, step, both int32 [B]; answers are sampled (rollouts.py).
-Prepared: tokens, loss_mask, segment_ids, positions, all [N, L+1], a row an
-answer; advantages [N]; old_logps, sampler_logps, reference_logps [N, L].
+Prepared: tokens, loss_mask, segment_ids, positions, all [N, L+1], and with
+several answers a row (`together`) answer_at (data/answer_rows.py); advantages
+of the answers; sampler_logps, reference_logps [N, L]; old_logps [N, L], where
+there are several updates on a rollout.
 
 Each prompt is answered `group` times, and an answer's advantage is its reward
 over the group's mean (advantages.py); the loss is policy.py's, whose head says
@@ -15,6 +17,7 @@ Log-probabilities are those at the sampling temperature, so that every ratio is
 """
 
 from tpu_lm import advantages, meters, policy, rollouts, stage, weights
+from tpu_lm.data import answer_rows
 from tpu_lm.stage import Stage, require
 
 ROWS = ('prompts',)
@@ -32,8 +35,8 @@ def make(
   leave_one_out: bool = False,
   drop_unfinished: bool = False,
 ) -> Stage:
-  for one in (sampling, objective):
-    one.check()
+  sampling.check(model)
+  objective.check()
   known = advantages.SCALES
   require(scale in known, 'scale', scale, f'one of {", ".join(known)}')
   require(bool(sampling.reward), 'reward', '', 'name a reward, such as math')
@@ -42,27 +45,33 @@ def make(
 
   def advantage(rollout):
     groups = rollout.rewards.reshape(-1, sampling.group)
-    return advantages.grouped(
-      groups, scale=scale, leave_one_out=leave_one_out
-    ).reshape(-1)
+    found = advantages.grouped(groups, scale=scale, leave_one_out=leave_one_out)
+    return rollout.of_answers(found.reshape(-1))
 
   def prepare(params, batch, key):
-    rollout = sampler.sample(params, batch, key, sampling)
+    rollout = sampler.sample(
+      params, batch, key, sampling, scores=not sampling.once
+    )
     columns = rollout.columns
     columns['advantages'] = advantage(rollout)
     if objective.beta:
       columns['reference_logps'] = sampler.logps(reference(), columns, sampling)
     if drop_unfinished:
-      columns['loss_mask'] &= rollout.finished[:, None]
+      answer_rows.keep(columns, rollout.finished)
     yield from sampler.batches(rollout, key, sampling)
 
   def loss(params, batch, key):
     del key  # no dropout
     heat = sampling.temperature
     logps_BL, weights_BL = stage.token_logps(model, params, batch, heat)
-    mask_BL = weights_BL > 0
-    losses_BL, metrics = objective.losses(logps_BL, batch, mask_BL)
+    answers = rollouts.by_answer(batch, logps_BL, weights_BL > 0)
+    columns, logps_NA, mask_NA = answers
+    losses_NA, metrics = objective.losses(logps_NA, columns, mask_NA)
     metrics |= meters.figures_of(batch)
-    return objective.mean(losses_BL, mask_BL), metrics
+    return objective.mean(losses_NA, mask_NA), metrics
 
-  return Stage(loss, prepare)
+  def watch(metrics):
+    if sampling.once and metrics['targets']:
+      meters.check_gap(metrics, sampling.max_gap)
+
+  return Stage(loss, prepare, watch=watch)

@@ -1,0 +1,176 @@
+"""The options of the command line, each declared once.
+
+An option is its flag and what argparse takes for it; several that always come
+together are a tuple of options.
+"""
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+
+def number(kind: Callable, low: float) -> Callable:
+  def parse(text: str):
+    value = kind(text)
+    if value < low:
+      raise argparse.ArgumentTypeError(f'{text}: must be at least {low}')
+    return value
+
+  return parse
+
+
+def option(flag: str, text: str, **how) -> tuple[str, dict]:
+  return flag, {'help': text, **how}
+
+
+def folder(default: str | None) -> tuple[str, dict]:
+  """`--workdir`, required where it has no default."""
+  how = {'required': True} if default is None else {'default': default}
+  return option('--workdir', 'the folder of the run', type=path, **how)
+
+
+def path(text: str) -> pathlib.Path | None:
+  return pathlib.Path(text) if text else None
+
+
+CONFIG = option(
+  '--config',
+  'a file of configs/; --config.KEY=VALUE changes a key of it',
+  required=True,
+  metavar='FILE[:VARIANT]',
+)
+DEVICES = option(
+  '--devices',
+  'simulate so many devices on the CPU',
+  type=number(int, 1),
+  default=0,
+)
+PROCESSES = (
+  option(
+    '--coordinator',
+    'HOST:PORT of process 0, or auto on Cloud TPU',
+    default='',
+  ),
+  option(
+    '--processes',
+    'how many processes make up the run',
+    type=number(int, 1),
+    default=1,
+  ),
+  option(
+    '--process',
+    'which of them this is, from 0',
+    type=number(int, 0),
+    default=0,
+  ),
+)
+BASE = option(
+  '--base', 'where the base of an adapter lies now', default='', metavar='DIR'
+)
+TO = option('--to', 'what is written', required=True, type=path)
+PAGE = option(
+  '--to', 'the page; by default WORKDIR/report.html', type=path, default=None
+)
+PROMPT = (
+  option('--prompt', 'how the text begins', default=''),
+  option(
+    '--chat',
+    'the prompt is what a user says, and an assistant answers',
+    action='store_true',
+  ),
+  option('--system', 'the system turn of a chat', default=''),
+)
+SAMPLING = (
+  option(
+    '--max_new_tokens',
+    'default: up to the trained length',
+    type=number(int, 1),
+    default=None,
+  ),
+  option('--temperature', '0: the likeliest', type=float, default=0.8),
+  option('--top_k', '0: no limit', type=int, default=0),
+  option('--top_p', '1: no limit', type=float, default=1.0),
+  option(
+    '--min_p',
+    "share of the likeliest token's probability; 0: no limit",
+    type=float,
+    default=0.0,
+  ),
+  option('--repetition_penalty', '1: none', type=float, default=1.0),
+  option('--seed', 'the same gives the same text', type=int, default=0),
+)
+STOP = option(
+  '--stop',
+  'end before this text; may be given again',
+  action='append',
+  default=[],
+  metavar='TEXT',
+)
+SPEED = (
+  option('--int8_cache', 'keys and values in 8 bits', action='store_true'),
+  option(
+    '--draft',
+    'speculative decoding: the folder of a smaller model of the same '
+    'tokenizer, or `lookup`: by what stood before in the text',
+    default='',
+    metavar='DIR',
+  ),
+  option(
+    '--ahead', 'tokens that a draft guesses', type=number(int, 1), default=4
+  ),
+)
+ROWS = option('--rows', 'shown of the batch', type=number(int, 1), default=2)
+KILLS = option(
+  '--kills',
+  'at random moments, besides one at each named point',
+  type=number(int, 0),
+  default=20,
+)
+SOURCE = option(
+  '--source', 'other text; the default is the held-out split', default=''
+)
+PROMPTS = option(
+  '--source',
+  'records with prompts or conversations: as data.source',
+  required=True,
+)
+BEST = (
+  option(
+    '--best_of',
+    'answers to a prompt, of which the best is written',
+    type=number(int, 1),
+    default=1,
+  ),
+  option('--reward', 'what is best: as stage.reward', default=''),
+  option('--least', 'an answer must have more of it', type=float, default=0.0),
+)
+OPTIONAL = {'required': False, 'default': ''}
+CONSTITUTION = (
+  option(
+    '--constitution', 'principles by which answers are revised', default=''
+  ),
+  option(
+    '--backend', 'what answers: a working directory, or http://…', default=''
+  ),
+  option('--model', 'its name at an endpoint', default=''),
+  option('--key_env', 'the environment variable with its key', default=''),
+  option('--judge', 'what prefers, as --backend; the same', default=''),
+  option('--judge_model', 'its name at an endpoint', default=''),
+  option(
+    '--judge_key_env', 'the environment variable with its key', default=''
+  ),
+  option('--source', 'records with prompts', default=''),
+  option('--to', 'a new folder', type=path, default=None),
+  option(
+    '--kind',
+    'sft: revised answers, pairs: preferences, or both',
+    default='both',
+  ),
+  option('--rounds', 'of revision', type=number(int, 1), default=1),
+  option('--limit', 'prompts; 0: all', type=number(int, 0), default=0),
+  option('--max_calls', 'in all; 0: any', type=number(int, 0), default=0),
+  option('--max_tokens', 'in all; 0: any', type=number(int, 0), default=0),
+  option('--max_new_tokens', 'of a reply', type=number(int, 1), default=512),
+  option('--temperature', 'of answers and revisions', type=float, default=1.0),
+  option('--seed', 'of all that is drawn', type=number(int, 0), default=0),
+)
