@@ -213,6 +213,7 @@ def hidden_states(model: Any, params: Params, rows: Batch) -> jax.Array:
     rows['tokens'][:, :-1],
     rows['positions'][:, :-1],
     rows['segment_ids'][:, :-1],
+    shares='answer_at' in rows,  # data/answer_rows.py
   )
 
 

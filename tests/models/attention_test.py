@@ -117,6 +117,7 @@ def test_agrees_with_reference_in_value_and_gradient(case, implementation):
       soft_cap=cap,
       scale=SCALE,
       causal=causal,
+      shares='first' in options,
       implementation=implementation,
     )
 

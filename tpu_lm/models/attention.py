@@ -5,7 +5,7 @@ key-value heads (arXiv 2305.13245). A query sees a key when all of these hold:
   - causal: its position is not before the key's;
   - window: it is fewer than `window` positions after the key (itself is one);
   - segments: both are of the same segment, and that is not 0 (padding), or the
-    key's is SHARED.
+    key's is SHARED, where rows are said to have such a segment.
 
 Kernels:
   chunked  queries in chunks; each reads only the keys that it may see, and
@@ -54,6 +54,7 @@ def attend(
   soft_cap: float = 0.0,
   scale: float,
   causal: bool = True,
+  shares: bool = False,
   implementation: str = 'auto',
 ) -> jax.Array:
   """Attends from every query to the keys that it may see.
@@ -72,6 +73,7 @@ def attend(
     soft_cap: logits become soft_cap * tanh(logits / soft_cap); 0: they stay.
     scale: factor on the logits, before the cap.
     causal: False lets a query see later keys, too.
+    shares: whether there may be a SHARED segment; looking costs a tenth.
     implementation: one of IMPLEMENTATIONS.
 
   Returns:
@@ -102,18 +104,18 @@ def attend(
     q_BLHK = _without_padding(q_BLHK, segment_ids[0])
     k_BSGK = _without_padding(k_BSGK, segment_ids[1])
     v_BSGK = _without_padding(v_BSGK, segment_ids[1])
-  skips = causal and positions is None
+  skips, sees = causal and positions is None, (causal, shares)
   spots = _spots(q_BLHK, k_BSGK, segment_ids, positions, window)
   if implementation == 'chunked':
     spans = tuple(_spans(q_BLHK.shape[1], num_keys, skips, window))
     out_BLHK = _chunked(
-      q_BLHK, k_BSGK, v_BSGK, spots, spans, causal, soft_cap, scale
+      q_BLHK, k_BSGK, v_BSGK, spots, spans, sees, soft_cap, scale
     )
   elif soft_cap:
     raise ValueError(f'{implementation}: has no soft_cap; use chunked')
   else:
     out_BLHK = _fused(
-      q_BLHK, k_BSGK, v_BSGK, spots, skips, causal, scale, implementation
+      q_BLHK, k_BSGK, v_BSGK, spots, skips, sees, scale, implementation
     )
   if segment_ids is not None:
     out_BLHK = _without_padding(out_BLHK, segment_ids[0])
@@ -158,7 +160,7 @@ class _Spots(NamedTuple):
     segments = None if self.segment_ids is None else both(self.segment_ids)
     return _Spots(both(self.positions), segments, self.window)
 
-  def visible(self, causal: bool, zero: jax.Array | None = None):
+  def visible(self, sees: tuple[bool, bool], zero: jax.Array | None = None):
     """Which keys each query sees: bool [B or 1, L, S], or None: all.
 
     Padding sees padding, so that no row is masked as a whole. `zero` is added
@@ -167,6 +169,7 @@ class _Spots(NamedTuple):
     q_BL, k_BS = self.positions
     gap_BLS = _plus(q_BL, zero)[:, :, None] - k_BS[:, None, :]
     seen = []
+    causal, shares = sees
     if causal:
       seen.append(gap_BLS >= 0)
     if self.window is not None:
@@ -174,7 +177,7 @@ class _Spots(NamedTuple):
     if self.segment_ids is not None:
       q_BL, k_BS = self.segment_ids
       same = _plus(q_BL, zero)[:, :, None] == k_BS[:, None, :]
-      seen.append(same | (k_BS[:, None, :] == SHARED))
+      seen.append(same | (k_BS[:, None, :] == SHARED) if shares else same)
     return functools.reduce(jnp.logical_and, seen) if seen else None
 
 
@@ -198,7 +201,7 @@ def _spans(num_queries, num_keys, skips: bool, window):
       yield begin, end, 0, end
 
 
-def _chunked(q_BLHK, k_BSGK, v_BSGK, spots, spans, causal, soft_cap, scale):
+def _chunked(q_BLHK, k_BSGK, v_BSGK, spots, spans, sees, soft_cap, scale):
   """The kernel 'chunked'. M: query heads of a group."""
   num_rows, num_queries, _, size = q_BLHK.shape
   num_groups = k_BSGK.shape[2]
@@ -206,7 +209,7 @@ def _chunked(q_BLHK, k_BSGK, v_BSGK, spots, spans, causal, soft_cap, scale):
     q_BLHK.reshape(num_rows, num_queries, num_groups, -1, size), 1, 3
   )
   k_BGSK, v_BGSK = jnp.swapaxes(k_BSGK, 1, 2), jnp.swapaxes(v_BSGK, 1, 2)
-  rule = spans, causal, soft_cap, scale
+  rule = spans, sees, soft_cap, scale
   out_BGMLK = _heads_first(q_BGMLK, k_BGSK, v_BGSK, spots, rule)
   return jnp.moveaxis(out_BGMLK, 3, 1).reshape(q_BLHK.shape)
 
@@ -303,11 +306,11 @@ def _plus(x: jax.Array, zero: jax.Array | None) -> jax.Array:
 
 def _logits(q_BGMLK, k_BGSK, spots, span, rule, zero):
   """Float32 logits, and those before the mask for the gradient of the cap."""
-  _, causal, soft_cap, scale = rule
+  _, sees, soft_cap, scale = rule
   logits = scale * _matmul('BGMLK,BGSK->BGMLS', q_BGMLK, k_BGSK)
   if soft_cap:
     logits = soft_cap * jnp.tanh(logits / soft_cap)
-  seen_BLS = spots.cut(span).visible(causal, zero)
+  seen_BLS = spots.cut(span).visible(sees, zero)
   if seen_BLS is None:
     return logits, logits
   masked = _plus(jnp.float32(_MASKED), zero)
@@ -318,9 +321,9 @@ def _matmul(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def _fused(q_BLHK, k_BSGK, v_BSGK, spots, skips, causal, scale, kernel):
+def _fused(q_BLHK, k_BSGK, v_BSGK, spots, skips, sees, scale, kernel):
   """The kernels of `jax.nn.dot_product_attention`."""
-  mask_BLS = spots.visible(causal)
+  mask_BLS = spots.visible(sees)
   local = skips and isinstance(spots.window, int)
   return jax.nn.dot_product_attention(
     q_BLHK,

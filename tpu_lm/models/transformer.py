@@ -223,6 +223,7 @@ class Attention(Block):
   """
 
   keeps: bool = False
+  shares: bool = False
 
   @nn.compact
   def __call__(
@@ -269,6 +270,7 @@ class Attention(Block):
         k_BLGK,
         v_BLGK,
         segment_ids=segment_ids,
+        shares=self.shares,
         implementation=config.attention,
         **rule,
       )
@@ -320,6 +322,7 @@ class Layer(nn.Module):
 
   config: Config
   keeps: bool = False
+  shares: bool = False
 
   @nn.compact
   def __call__(self, x_BLD, scanned, positions_BL, segment_ids_BL, angles):
@@ -335,7 +338,8 @@ class Layer(nn.Module):
         lambda a, b: jnp.where(window > 0, a, b), local, whole
       )
       window = jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max)
-    y_BLD, kept = Attention(self.config, self.keeps, name='attention')(
+    block = Attention(self.config, self.keeps, self.shares, name='attention')
+    y_BLD, kept = block(
       x_BLD, *angle, positions_BL, segment_ids_BL, window, cache
     )
     x_BLD = x_BLD + y_BLD
@@ -368,17 +372,19 @@ class Transformer(nn.Module):
     segment_ids_BL: jax.Array | None = None,
     cache: Cache | None = None,
     keeps: bool = False,
+    shares: bool = False,
   ):
     """Applies the network.
 
     Args:
       tokens_BL: int ids, each below `config.vocab_size`.
       positions_BL: int positions for RoPE; by default 0, 1, … in each row.
-      segment_ids_BL: int; a token sees earlier tokens of its own segment, and
-        of attention.SHARED.
+      segment_ids_BL: int; a token sees earlier tokens of its own segment.
       cache: of earlier tokens (`init_cache`); each row's tokens must then
         stand at consecutive positions, and see all before them.
       keeps: whether the keys and values of all layers are returned.
+      shares: whether a token also sees what is earlier of the segment
+        attention.SHARED.
 
     Returns:
       hidden_BLD after the final norm; with a cache, (hidden_BLD, new cache);
@@ -402,7 +408,7 @@ class Transformer(nn.Module):
     angles = _angles(config, positions_BL)
     if cache is None:
       x_BLD, kept = self._scanned(
-        x_BLD, positions_BL, segment_ids_BL, angles, keeps
+        x_BLD, positions_BL, segment_ids_BL, angles, keeps, shares
       )
     else:
       x_BLD, kept = self._unrolled(x_BLD, positions_BL, angles, cache)
@@ -411,7 +417,9 @@ class Transformer(nn.Module):
     x_BLD = rms_norm(x_BLD, scale, config.norm_eps, config.norm_plus_one)
     return x_BLD if cache is None and not keeps else (x_BLD, kept)
 
-  def _scanned(self, x_BLD, positions_BL, segment_ids_BL, angles, keeps):
+  def _scanned(
+    self, x_BLD, positions_BL, segment_ids_BL, angles, keeps, shares
+  ):
     """The layers as one scan."""
     config = self.config
     windows_N = None
@@ -432,7 +440,7 @@ class Transformer(nn.Module):
       length=config.num_layers,
       unroll=unroll,
     )
-    return stack(config, keeps, name='layers')(
+    return stack(config, keeps, shares, name='layers')(
       x_BLD, (None, windows_N), positions_BL, segment_ids_BL, angles
     )
 
