@@ -8,7 +8,10 @@ as GSM8K, {"prompt", "answer"}, {"prompt", "test"} as MBPP, or conversations.
 `stage.reward` says how: `math`, `code`, `exact`, `model(workdir='DIR')`,
 `path/to/file.py:function`, or a sum, `math + 0.1 * format(form='boxed')`.
 `:dapo`, `:dr_grpo`, `:gspo`, `:cispo` and `:rloo` are the same by those papers.
-Answers are in WORKDIR/rollouts, one file a step.
+Answers are in WORKDIR/rollouts, one file a step. Where prompts are longer than
+most answers, `stage.together=8` computes a prompt once for 8 answers: an
+iteration of 4 x 8 answers (prompt 256, answers of 1 to 256 tokens, 64 in the
+mean) took 0.5 s instead of 1.3 s (LOG.md).
 
 Measured on 2 CPU cores: the quickstart's own form of it (80 steps of 16 prompts
 x 16 answers) takes sums that SFT never showed from 12 to 82 % exact, pass@8

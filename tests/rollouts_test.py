@@ -195,6 +195,7 @@ def test_ppo_learns_too_and_stays_near(folder):
   assert found[-1]['value'] != 0
 
 
+@pytest.mark.slow
 def test_a_student_answers_and_its_teacher_judges(folder):
   """On-policy distillation: it comes nearer to another model."""
   taught = {'stage_name': 'distill', 'stage.teacher': folder / 'base'}

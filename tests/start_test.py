@@ -158,7 +158,9 @@ def test_an_adapter_loads_onto_its_base_and_nothing_else(folder, lora):
     start.load(lora, base=str(other))
 
 
-@pytest.mark.parametrize('kind', ['lora', 'qlora'])
+@pytest.mark.parametrize(
+  'kind', ['lora', pytest.param('qlora', marks=pytest.mark.slow)]
+)
 def test_a_merged_model_gives_the_logits_of_its_adapter(folder, kind):
   transforms = {'lora': LORA, 'qlora': QLORA}[kind]
   workdir = trained(folder, f'merging-{kind}', **CHAT | transforms)
@@ -177,7 +179,9 @@ def test_a_merged_model_gives_the_logits_of_its_adapter(folder, kind):
   assert first == pytest.approx(lines(workdir, 'heldout')[-1]['loss'], rel=1e-4)
 
 
-@pytest.mark.parametrize('transforms', [{}, LORA, QLORA])
+@pytest.mark.parametrize(
+  'transforms', [{}, LORA, pytest.param(QLORA, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_ends_in_the_same_bits(folder, transforms):
   name = transforms.get('transforms', 'plain')[:3]
   whole = trained(folder, f'whole-{name}', **DPO | transforms)

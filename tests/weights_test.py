@@ -459,7 +459,9 @@ def test_generation_runs_on_transformed_trees(spec):
     np.testing.assert_allclose(a.logps, b.logps, atol=1e-4)
 
 
-@pytest.mark.parametrize('spec', ['lora', 'nf4, lora'])
+@pytest.mark.parametrize(
+  'spec', ['lora', pytest.param('nf4, lora', marks=pytest.mark.slow)]
+)
 def test_remat_and_microbatches_change_no_gradient(spec):
   model, _, params = held(spec)
   parts = weights.partition(params, '')
@@ -528,6 +530,7 @@ def plan(spec: str, merges: bool = False):
   )
 
 
+@pytest.mark.slow
 def test_what_adapters_save_in_memory():
   full, lora, qlora = plan(''), plan('lora'), plan('nf4, lora')
   merged = 4 * full.count

@@ -64,7 +64,9 @@ class Sampling(NamedTuple):
       stage.require(value >= 0, key, value, 'must not be negative')
     together, sliding = self.together, any(model.config.windows)
     fits = together == 1 or not (self.group % together or sliding)
-    wanted = '1' if sliding else f'must divide group={self.group}'
+    wanted = f'must divide group={self.group}'
+    if sliding:
+      wanted = 'must be 1 for a network with sliding windows'
     stage.require(fits, 'together', together, wanted)
     heat = self.temperature
     stage.require(heat > 0, 'temperature', heat, 'must be above 0')
