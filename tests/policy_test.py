@@ -11,7 +11,6 @@ import tiny
 
 from tpu_lm import policy, stage
 from tpu_lm.errors import UserError
-from tpu_lm.models import transformer
 from tpu_lm.stage import Mean
 
 ALL = np.ones((1, 4), bool)
@@ -412,13 +411,6 @@ def test_value_meters_by_hand():
     np.testing.assert_allclose(value(found[name]), number, rtol=1e-6)
 
 
-def test_answers_that_were_cut_off_are_dropped():
-  mask = jnp.array([[True, True], [True, False]])
-  found = policy.finished_mask(mask, jnp.array([False, True]))
-  np.testing.assert_array_equal(found, [[False, False], [True, False]])
-  assert policy.aggregate(jnp.ones((2, 2)), found, 'sequence') == (1, 1)
-
-
 def test_meters_by_hand():
   ratios = row(0.7, 0.7, 1.3, 1.3, 1.0, 9.0)
   advantages = row(-1, 1, 1, -1, 1, 1)
@@ -454,43 +446,9 @@ def test_the_gap_of_sampler_and_trainer():
   assert np.isnan(unseen['sampler_gap_max'].total)
 
 
-def test_entropies():
-  p = np.array([[[0.5, 0.25, 0.25, 0.0]]])
-  logits = jnp.where(p > 0, jnp.log(p) + 3, -jnp.inf)
-  found = policy.entropies(logits)
-  np.testing.assert_allclose(found, [[1.5 * np.log(2)]], rtol=1e-6)
-  slope = jax.grad(lambda x: policy.entropies(x).sum())(logits)
-  assert np.isfinite(slope).all()
-  # d H / d logit = -p (log p + H)
-  expected = -p[0, 0, :3] * (np.log(p[0, 0, :3]) + 1.5 * np.log(2))
-  np.testing.assert_allclose(slope[0, 0, :3], expected, atol=1e-6)
-
-
-def test_entropy_in_chunks_is_that_of_whole_logits(monkeypatch):
-  model = tiny.model(logit_soft_cap=5.0)
-  params, batch = tiny.params(model), tiny.batch(4)
-  hidden = stage.hidden_states(model, params, batch)
-  mask = stage.target_weights(batch) > 0
-  logits = transformer.logits(model.config, params, hidden)
-  whole = np.where(mask, policy.entropies(logits / 0.7), 0).sum() / mask.sum()
-  dirty = jnp.where(mask[..., None], hidden, jnp.nan)
-  for size in (5, 100):
-    monkeypatch.setattr(
-      'tpu_lm.cross_entropy.chunk_length', lambda *_, size=size: min(size, 16)
-    )
-    found = policy.entropy(model, params, dirty, mask, temperature=0.7)
-    np.testing.assert_allclose(value(found), whole, rtol=1e-5)
-  slope = jax.grad(lambda x: policy.entropy(model, params, x, mask).total)(
-    dirty
-  )
-  assert np.isfinite(slope).all()
-  assert np.abs(slope).max() > 0
-
-
 @pytest.mark.parametrize('objective', OBJECTIVES, ids=label)
 def test_every_objective_is_the_sum_of_its_parts(objective):
   logps, columns, mask = rollout()
-  columns = {k: columns[k] for k in objective.names}
   each, metrics = objective.losses(logps, columns, mask)
   old = columns['old_logps']
   ratios = policy.ratios(logps, old, mask, objective.level)
@@ -501,15 +459,6 @@ def test_every_objective_is_the_sum_of_its_parts(objective):
   kl = policy.kl(objective.kl, logps, columns['reference_logps'], mask)
   np.testing.assert_allclose(each, parts + 0.1 * kl, rtol=1e-6)
   np.testing.assert_allclose(value(metrics['kl']), kl.sum() / mask.sum(), 1e-5)
-
-
-def test_names_are_the_columns_that_are_read():
-  names = policy.Objective().names
-  assert names == ('advantages', 'old_logps')
-  names = policy.Objective(beta=0.1, sampler_cap=2.0).names
-  assert names == (
-    'advantages', 'old_logps', 'reference_logps', 'sampler_logps',
-  )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,23 @@ def test_answers_that_stand_together_train_alike(folder, grpo):
   assert texts[0] == texts[1]
 
 
+def test_the_schedule_is_of_steps_whatever_the_updates(folder):
+  workdir = trained(folder, 'schedule', **PPO | {
+    'optimizer.schedule': 'linear', 'optimizer.final': 0.0, 'eval_every': 0,
+    'stage.updates': 2, 'stage.minibatches': 2,
+  })  # fmt: skip
+  rates = [line['learning_rate'] for line in lines(workdir)]
+  np.testing.assert_allclose(rates, [0.01, 0.0075, 0.005, 0.0025], rtol=1e-5)
+
+
+def test_a_run_of_answers_that_never_end_says_so(folder):
+  with pytest.raises(UserError, match='no target was left 2 steps in a row'):
+    trained(folder, 'endless', **{
+      'stage.drop_unfinished': True, 'stage.max_new_tokens': 1, 'steps': 3,
+      'guard.bad_in_a_row': 2, 'eval_every': 0,
+    })  # fmt: skip
+
+
 def test_it_learns_what_it_is_rewarded_for(folder):
   workdir = trained(folder, 'learns', **{
     'steps': 30, 'stage.group': 8, 'eval_every': 0,
@@ -265,6 +282,8 @@ def test_sampler_and_trainer_agree(folder, temperature, minibatches):
   [
     ('stage.group', 1, 'must be at least 2'),
     ('stage.together', 3, 'must divide group=4'),
+    ('stage.minibatches', 5, 'cannot be divided into minibatches'),
+    ('evals', "('heldout',)", 'evals=heldout: reads rows of text'),
     ('stage.reward', '', 'name a reward'),
     ('stage.temperature', 0.0, 'must be above 0'),
     ('stage.kind', 'clop', 'one of clip'),

@@ -285,7 +285,7 @@ def test_answers_are_those_of_single_conversations(folder, full):
     'max_new_tokens': 8, 'sampler': Sampler(temperature=1.0), 'seed': 3
   }  # fmt: skip
   together = answers.answers(loaded, template, asked, **options)
-  pairs = answers.answers(loaded, template, asked, batch_size=2, **options)
+  pairs = answers.answers(loaded, template, asked, slots=2, **options)
   assert [a.tokens for a in together] == [a.tokens for a in pairs]
   logps = answers.logps(loaded, template, asked, [a.tokens for a in together])
   expected = [sum(a.logps) for a in together]

@@ -20,10 +20,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from tpu_lm import models, rollouts, run, sharding, stage, tokenizer, train
+from tpu_lm import (
+  mistakes,
+  models,
+  rollouts,
+  run,
+  sharding,
+  stage,
+  tokenizer,
+  train,
+)  # fmt: skip
 from tpu_lm.data import loader as loaders
 from tpu_lm.data import prompts
 from tpu_lm.data.records import ASKING
+from tpu_lm.models.attention import SHARED
 from tpu_lm.phases import Phases
 
 LOSS_TOLERANCE = 1e-5  # relative, float32
@@ -202,7 +212,8 @@ def unpack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
   What belongs to its tokens moves with them: columns [B, L or L+1, …], those
   of chosen_ by the segments of chosen_, and so on. Of columns [B, S] entry
-  s - 1 of segment s becomes the first; columns [B] are of the whole row.
+  s - 1 of segment s becomes the first; columns [B] are of the whole row. What
+  the segments of a row share comes before each of them.
   """
   prefixes, numbers = _prefixes(batch), _of_records(batch)
   rows = []
@@ -219,13 +230,18 @@ def unpack(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
           row[name][0] = column[r, segment - 1]
           continue
         mine = [p for p in prefixes if name.startswith(p)] or prefixes
-        at = np.flatnonzero(segments[max(mine, key=len)] == segment)
+        ids = segments[max(mine, key=len)]
+        shared, own = (np.flatnonzero(ids == x) for x in (SHARED, segment))
+        at = np.concatenate([shared, own])
         at = at[at < column.shape[1]]
         row[name][: len(at)] = column[r][at]
       for p in prefixes:
-        row[f'{p}segment_ids'][row[f'{p}segment_ids'] == segment] = 1
+        row[f'{p}segment_ids'][row[f'{p}segment_ids'] != 0] = 1
       rows.append(row)
-  return {name: np.stack([row[name] for row in rows]) for name in batch}
+  found = {name: np.stack([row[name] for row in rows]) for name in batch}
+  if found.pop('answer_at', None) is not None:  # a row an answer, now
+    found |= {name: found[name][:, 0] for name in numbers if name in found}
+  return found
 
 
 class Result(NamedTuple):
@@ -322,7 +338,7 @@ def prove(
 
 def check(config: ConfigDict, workdir: pathlib.Path, rows: int) -> bool:
   """Shows and proves; returns whether every proof held."""
-  run.check(config, sharding.make_mesh(config.mesh))
+  mistakes.check(config, sharding.make_mesh(config.mesh))
   with Phases(watchdog_seconds=0) as phases:
     folder = run.prepared(config, workdir, phases, print)
   tokens = tokenizer.load(folder)

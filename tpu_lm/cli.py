@@ -82,6 +82,8 @@ def generate(args: argparse.Namespace, overrides: list) -> int:
     args.prompt.encode()
   except UnicodeEncodeError as error:
     raise UserError('--prompt: is not UTF-8; give UTF-8 text') from error
+  if args.draft and args.int8_cache:
+    raise UserError('--int8_cache: not together with --draft yet; leave it out')
   chosen = _sampler(args)
   devices.set_up()
   loaded = start.load(args.workdir, base=args.base)

@@ -102,20 +102,25 @@ def muon_axes(params: Any) -> Any:
 
 
 def make(
-  options: Any, steps: int
+  options: Any, steps: int, updates: int = 1
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """Makes the optimizer of the configuration's `optimizer` section.
 
   Args:
     options: the section; `config.base()` lists its keys.
-    steps: how many updates there will be, for the schedule.
+    steps: for the schedule.
+    updates: how many there are in a step; its rate is that of them all.
 
   Returns:
     (transformation, the learning rate as a function of accepted updates)
   """
   _check(options, steps)
-  schedule = make_schedule(options, steps, options.learning_rate)
 
+  def rate(peak: float) -> optax.Schedule:
+    schedule = make_schedule(options, steps, peak)
+    return lambda count: schedule(count // updates)
+
+  schedule = rate(options.learning_rate)
   # '' is found in every path, and means that all decay.
   no_decay = re.compile(options.no_decay or r'(?!)')
 
@@ -148,7 +153,7 @@ def make(
       weight_decay_mask=decays,
       adam_b1=b1,
       adam_b2=b2,
-      adam_learning_rate=make_schedule(options, steps, rest),
+      adam_learning_rate=rate(rest),
       muon_weight_dimension_numbers=muon_axes,
     )
   else:

@@ -10,27 +10,34 @@ from collections.abc import Callable
 
 
 def number(kind: Callable, low: float) -> Callable:
+  """A type of options: numbers from `low` on."""
+
   def parse(text: str):
     value = kind(text)
     if value < low:
       raise argparse.ArgumentTypeError(f'{text}: must be at least {low}')
     return value
 
+  parse.__name__ = kind.__name__  # argparse tells it: "invalid int value"
   return parse
 
 
 def option(flag: str, text: str, **how) -> tuple[str, dict]:
+  """An option, its help, and what else argparse takes."""
   return flag, {'help': text, **how}
 
 
 def folder(default: str | None) -> tuple[str, dict]:
-  """`--workdir`, required where it has no default."""
-  how = {'required': True} if default is None else {'default': default}
+  """`--workdir`; default None: it is required, '': it need not be there."""
+  how = {'default': default or None, 'required': default is None}
   return option('--workdir', 'the folder of the run', type=path, **how)
 
 
-def path(text: str) -> pathlib.Path | None:
-  return pathlib.Path(text) if text else None
+def path(text: str) -> pathlib.Path:
+  """A type of options; an empty one would be the folder one stands in."""
+  if not text:
+    raise argparse.ArgumentTypeError('is empty; name a file or folder')
+  return pathlib.Path(text)
 
 
 CONFIG = option(

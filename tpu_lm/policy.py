@@ -8,8 +8,8 @@ Log-probabilities are in nats. `old` is the trainer's own before the first
 update on a rollout, `sampler` what the generation engine said of its tokens.
 
 A loss is made in three moves: values for each token (`surrogate`, `kl`,
-`value_losses`), which add up and may be weighed (`sampler_weights`); a mask
-(`finished_mask`); and `aggregate`, whose sums add up over microbatches and
+`value_losses`), which add up and may be weighed (`sampler_weights`); a mask;
+and `aggregate`, whose sums add up over microbatches and
 devices. The methods of the field, as (level, kind, how):
 - PPO (arXiv 1707.06347, equation 7): token, clip, token.
 - GRPO (arXiv 2402.03300, equation 3): token, clip, sequence; KL k3.
@@ -30,9 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import divergence, sharding
-from tpu_lm.models import transformer
-from tpu_lm.stage import Batch, Mean, Params, require
+from tpu_lm.stage import Batch, Mean, require
 
 LEVELS = ('token', 'sequence', 'sequence_token', 'answer')
 KINDS = ('clip', 'cispo', 'reinforce')
@@ -240,11 +238,6 @@ def value_meters(
   }
 
 
-def finished_mask(mask_BL: jax.Array, finished_B: jax.Array) -> jax.Array:
-  """The mask without answers that were cut off (DAPO's overlong filtering)."""
-  return mask_BL & finished_B[:, None]
-
-
 def aggregate(
   values_BL: jax.Array,
   mask_BL: jax.Array,
@@ -317,13 +310,6 @@ class Objective(NamedTuple):
     constant = self.aggregation == 'constant'
     wanted = 'the most tokens of an answer, if aggregation=constant; else 0'
     require((self.length > 0) == constant, 'length', self.length, wanted)
-
-  @property
-  def names(self) -> tuple[str, ...]:
-    """The columns that `losses` reads."""
-    found = ['advantages', 'old_logps']
-    found += ['reference_logps'] * bool(self.beta)
-    return (*found, *['sampler_logps'] * bool(self.sampler_cap))
 
   def losses(
     self, logps_BL: jax.Array, columns: Batch, mask_BL: jax.Array
@@ -418,43 +404,6 @@ def gap(
     'sampler_gap': aggregate(apart_BL, mask_BL),
     'sampler_gap_max': Mean(apart_BL.max(), jnp.ones((), jnp.float32)),
   }
-
-
-def entropies(logits_BLV: jax.Array) -> jax.Array:
-  """Float32 [B, L]: entropy of softmax(logits), in nats."""
-  logps_BLV = jax.nn.log_softmax(logits_BLV.astype(jnp.float32))
-  # A token that is ruled out by -inf adds nothing.
-  logps_BLV = jnp.where(jnp.isneginf(logps_BLV), -1e9, logps_BLV)
-  return -(jnp.exp(logps_BLV) * logps_BLV).sum(axis=-1)
-
-
-def entropy(
-  model: transformer.Transformer,
-  params: Params,
-  hidden_BLD: jax.Array,
-  mask_BL: jax.Array,
-  temperature: float = 1.0,
-) -> Mean:
-  """The mean entropy over the answers' tokens; logits are made in chunks.
-
-  Args:
-    model: the network.
-    params: its parameters.
-    hidden_BLD: what `stage.hidden_states` gives; NaN where the mask is False
-      does not matter.
-    mask_BL: bool.
-    temperature: of the softmax.
-  """
-
-  def each(head_VD, hidden_BCD, mask_BC):
-    hidden_BCD = jnp.where(mask_BC[..., None], hidden_BCD, 0)
-    logits_BCV = transformer.logits(model.config, {'head': head_VD}, hidden_BCD)
-    return jnp.where(mask_BC, entropies(logits_BCV / temperature), 0)
-
-  head_VD = sharding.replicate_columns(transformer.head(params))
-  columns = hidden_BLD, mask_BL
-  sums_B = divergence.row_sums(each, head_VD, columns, model.config.vocab_size)
-  return Mean(sums_B.sum(), mask_BL.sum(dtype=jnp.float32))
 
 
 def _by_token(advantages: jax.Array, mask_BL: jax.Array) -> jax.Array:

@@ -42,37 +42,38 @@ class Sampling(NamedTuple):
   temperature: float = 1.0
   updates: int = 1  # passes over a rollout
   minibatches: int = 1  # updates a pass
-  together: int = 1  # answers that stand in one row, behind their prompt
   resample: int = 0  # times that groups without variance are replaced (DAPO)
   slots: int = 64  # answers decoded together
   max_gap: float = 0.1  # nats between sampler and trainer, mean; 0: any
 
   @property
-  def once(self) -> bool:
-    """Whether all updates on a rollout are one: by the policy that answered."""
-    return self.updates * self.minibatches == 1
+  def num_updates(self) -> int:
+    """On a rollout; the first is made by the policy that has answered."""
+    return self.updates * self.minibatches
 
-  def check(self, model: Any) -> None:
+  def check(self) -> None:
     """Refuses what cannot be, by the keys of a stage."""
     for key in (
-      'group', 'max_new_tokens', 'updates', 'minibatches', 'slots', 'together',
+      'group', 'max_new_tokens', 'updates', 'minibatches', 'slots',
     ):  # fmt: skip
       value = getattr(self, key)
       stage.require(value >= 1, key, value, 'must be at least 1')
     for key in ('resample', 'max_gap'):
       value = getattr(self, key)
       stage.require(value >= 0, key, value, 'must not be negative')
-    together, sliding = self.together, any(model.config.windows)
-    fits = together == 1 or not (self.group % together or sliding)
-    wanted = f'must divide group={self.group}'
-    if sliding:
-      wanted = 'must be 1 for a network with sliding windows'
-    stage.require(fits, 'together', together, wanted)
     heat = self.temperature
     stage.require(heat > 0, 'temperature', heat, 'must be above 0')
 
 
 ONE_ANSWER = Sampling(group=1)
+
+
+def sampling_of(config: Any) -> Sampling | None:
+  """How the stage of a configuration samples; None: it does not."""
+  if stage.rows_of(config) != 'prompts':
+    return None
+  module = stage.find('tpu_lm.stages', config.stage_name, 'stage_name')
+  return stage.arguments(module.make, dict(config.stage))['sampling']
 
 
 class Rollout(NamedTuple):
@@ -106,6 +107,7 @@ class Rollouts:
     workdir: rollouts are written there; None: nowhere.
     phases: of the run.
     microbatches: into how many parts a batch is cut for a forward pass.
+    scorings: rewards that are there already, by their text; others are added.
   """
 
   def __init__(
@@ -119,6 +121,7 @@ class Rollouts:
     workdir: pathlib.Path | None = None,
     phases: Phases | None = None,
     microbatches: int = 1,
+    scorings: dict[str, scoring.Scoring] | None = None,
   ):
     self.model, self.tokenizer, self.mesh = model, tokenizer, mesh
     self.template = chat.load('', tokenizer, rows)
@@ -127,7 +130,7 @@ class Rollouts:
     self._workdir, self._microbatches = workdir, microbatches
     self._phases = phases or Phases(watchdog_seconds=0)
     self._logps = jax.jit(self._token_logps, static_argnames='temperature')
-    self._scorings: dict[str, scoring.Scoring] = {}
+    self.scorings = {} if scorings is None else scorings
 
   # What a stage asks for.
 
@@ -138,12 +141,13 @@ class Rollouts:
     key: jax.Array,
     how: Sampling,
     scores: bool = True,
+    together: int = 1,
   ) -> Rollout:
     """Answers the prompts of a batch, `how.group` times each.
 
     The columns of the rollout are those of data/answer_rows.py, and
-    `sampler_logps` and `old_logps` [B, L]. What was not judged is not in the
-    mask.
+    `sampler_logps` and, if it `scores`, `old_logps` [B, L]. What was not judged
+    is not in the mask.
 
     Args:
       params: of the policy.
@@ -152,6 +156,7 @@ class Rollouts:
       how: the keys of the stage.
       scores: whether `old_logps` are made, and the sampler compared with them;
         else the loss does both, in its one update (policy.Objective).
+      together: answers of a row.
 
     Raises:
       UserError: the sampler is not the trainer's policy (`how.max_gap`), or
@@ -167,8 +172,9 @@ class Rollouts:
       drawn = jax.random.randint(fresh, dead.shape, 0, len(self.prompts))
       other = self._answered(params, np.asarray(drawn)[dead], fresh, how)
       found = found.replaced(other, np.repeat(dead, how.group))
-    found = found.evened(how.group, how.together)
-    columns = self._columns(found, how)
+    found = found.evened(how.group, together)
+    self._write(int(jax.device_get(batch['step'])[0]), found)
+    columns = self._columns(found, how, together)
     rewards = np.zeros(len(found.found))
     figures = meters.of_answers(found.found)
     if found.scored:
@@ -180,8 +186,6 @@ class Rollouts:
         columns['old_logps'] = self.logps(params, columns, how)
       figures |= meters.of_gap(columns)
       meters.check_gap(figures, how.max_gap)
-    step = int(jax.device_get(batch['step'])[0])
-    self._write(step, found)
     finished = np.array([one.finished for one in found.found])
     return Rollout(columns, rewards, finished, figures)
 
@@ -192,7 +196,7 @@ class Rollouts:
     return self._answered(params, numbers, key, how).scored
 
   def logps(self, params: Any, columns: dict, how: Sampling) -> np.ndarray:
-    """Float32 [N, L]: of the targets, at the temperature of the sampling."""
+    """Float32 [B, L]: of the targets, at the temperature of the sampling."""
     forward = functools.partial(self._logps, temperature=how.temperature)
     return self.over(forward, params, columns)
 
@@ -233,7 +237,7 @@ class Rollouts:
 
   def close(self) -> None:
     """Ends what the rewards have started."""
-    for one in self._scorings.values():
+    for one in self.scorings.values():
       one.close()
 
   # How it is done.
@@ -303,17 +307,19 @@ class Rollouts:
 
   def _scoring(self, how: Sampling, key: str) -> scoring.Scoring:
     text = getattr(how, key)
-    if text not in self._scorings:
-      self._scorings[text] = scoring.parse(text, f'stage.{key}')
-    return self._scorings[text]
+    if text not in self.scorings:
+      self.scorings[text] = scoring.parse(text, f'stage.{key}')
+    return self.scorings[text]
 
-  def _columns(self, found: Answers, how: Sampling) -> dict[str, np.ndarray]:
+  def _columns(
+    self, found: Answers, how: Sampling, together: int
+  ) -> dict[str, np.ndarray]:
     answers = [one.tokens for one in found.found]
     columns = answer_rows.rows(
       found.ids,
       answers,
       self.tokenizer.pad_id,
-      how.together,
+      together,
       how.max_new_tokens,
     )
     sampled = [one.sampled_logps for one in found.found]

@@ -26,6 +26,7 @@ from tpu_lm import (
   flops,
   kept,
   metrics,
+  mistakes,
   models,
   optim,
   rollouts,
@@ -69,8 +70,11 @@ class Run:
       self.mesh, config.batch_size, config.microbatches, config.data.length
     )
     self.root = jax.random.key(config.seed)
-    self.tx, self.schedule = optim.make(config.optimizer, config.steps)
-    check(config, self.mesh)
+    mistakes.check(config, self.mesh)
+    how = rollouts.sampling_of(config)
+    self.tx, self.schedule = optim.make(
+      config.optimizer, config.steps, how.num_updates if how else 1
+    )
     self._check_workdir()
     rows = prepared(config, workdir, phases, report)
     self.tokenizer = tokenizer.load(rows)
@@ -319,6 +323,12 @@ class Run:
     values = {k: float(v) for k, v in jax.device_get(values).items()}
     bad = values.pop('bad_in_a_row')
     if bad >= self.config.guard.bad_in_a_row:
+      if not values['targets']:
+        raise UserError(
+          f'step {step}: no target was left {bad:.0f} steps in a row: all '
+          'answers were cut off or not judged, or all rows masked; raise '
+          'stage.max_new_tokens, or look at them with `tpu_lm check`'
+        )
       names = ', '.join(map(str, self.loader.rows(step - 1)))
       raise UserError(
         f'step {step}: loss or gradient was not finite, or a spike, '
@@ -408,24 +418,6 @@ class Run:
     with self.phases('save'):
       self.checkpoints.close()
     self.writer.close()
-
-
-def check(config: ConfigDict, mesh: Any) -> None:
-  """Names the mistakes that can be seen before data are read and tokenised.
-
-  Raises:
-    UserError: a model, stage, evaluation or start that cannot be.
-  """
-  draft = models.make(config.model_name, config.model, 1, config.data.length)
-  shapes = start.abstract(draft, config, mesh)
-  try:
-    weights.partition(shapes, config.trainable)
-  except ValueError as error:
-    raise UserError(f'trainable: {error}') from error
-  module = stage.find('tpu_lm.stages', config.stage_name, 'stage_name')
-  stage.check_hparams(module.make, config.stage, 'stage')
-  for name in config.evals:
-    stage.find('tpu_lm.evals', name, 'evals')
 
 
 def _resolved(config: ConfigDict) -> dict[str, Any]:

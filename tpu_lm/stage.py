@@ -105,8 +105,11 @@ def _keywords(make: Callable) -> dict[str, Any]:
   }
 
 
-def _arguments(make: Callable, hparams: dict) -> dict[str, Any]:
-  """What `make` is called with: keys of a tuple go into the tuple."""
+def arguments(make: Callable, hparams: dict) -> dict[str, Any]:
+  """What `make` is called with: keys of a tuple go into the tuple.
+
+  Tuples come whole, filled up with the defaults of `make`.
+  """
   given = {}
   for name, default in _keywords(make).items():
     if hasattr(default, '_fields'):
@@ -161,7 +164,7 @@ def make(
   """
   module = find('tpu_lm.stages', name, 'stage_name')
   check_hparams(module.make, hparams, 'stage')
-  given = _arguments(module.make, hparams)
+  given = arguments(module.make, hparams)
   if takes(name, 'sampler'):
     return module.make(model, start, sampler, **given)
   return module.make(model, start, **given)

@@ -19,7 +19,7 @@ from tpu_lm.stage import LossFn, Mean
 class State(NamedTuple):
   """What an update reads and writes; all of it is checkpointed."""
 
-  step: jax.Array  # int32 [], batches seen, the skipped ones included
+  step: jax.Array  # int32 [], updates, the skipped ones included
   params: Any  # what is trained
   optimizer: Any
   guard: guards.Guard

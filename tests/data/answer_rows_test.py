@@ -6,7 +6,7 @@ import pytest
 import tiny
 from stages_test import assert_close, gradient
 
-from tpu_lm import stage
+from tpu_lm import check, stage
 from tpu_lm.data import answer_rows
 from tpu_lm.models.attention import SHARED
 
@@ -85,3 +85,25 @@ def test_a_loss_is_the_same_whatever_stands_together(kind):
   found = gradient(made, params, dirty)
   assert found[0] == loss
   jax.tree.map(np.testing.assert_array_equal, found[1], grads)
+
+
+def test_check_proves_rows_of_several_answers():
+  model = tiny.model()
+  params = tiny.params(model)
+  hparams = {'reward': 'exact', 'group': 4, 'beta': 0.1}
+  made = stage.make('grpo', model, lambda: params, hparams)
+  lines = check.prove(made.loss, params, batch(4))
+  assert {what for what, *_ in lines} == {
+    '2 microbatches', '2 devices', 'documents unpacked',
+  }  # fmt: skip
+  for what, loss, slope in lines:
+    assert loss < check.LOSS_TOLERANCE, what
+    assert slope < check.GRADIENT_TOLERANCE, what
+  found = check.unpack(batch(4))
+  alone = batch(1)
+  for name in ('tokens', 'positions', 'loss_mask'):
+    kept = alone['segment_ids'] != 0
+    for row in range(8):
+      own = alone[name][row][kept[row]]
+      np.testing.assert_array_equal(found[name][row, : len(own)], own)
+  np.testing.assert_array_equal(found['advantages'], alone['advantages'])

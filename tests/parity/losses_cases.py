@@ -153,7 +153,7 @@ class Given:
       vocab_size=VOCAB, logit_soft_cap=0.0, scalar_head=True
     )
 
-  def apply(self, variables, tokens_BL, positions_BL, segment_ids_BL):
+  def apply(self, variables, tokens_BL, positions_BL, segment_ids_BL, **_):
     params = variables['params']
     if 'mismatched' not in params:
       return params['hidden']

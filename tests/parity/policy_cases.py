@@ -156,7 +156,7 @@ def ours(name: str) -> tuple[float, np.ndarray]:
   tokens, rewards = given['tokens'], given['rewards']
   answer = jnp.asarray(answer_mask(given))
   stops = jnp.asarray(~np.isin(np.arange(ROWS), CUT_OFF))
-  mask = policy.finished_mask(answer, stops) if case.finished else answer
+  mask = answer & stops[:, None] if case.finished else answer
   columns = {
     'old_logps': token_logps(given['old'], tokens),
     'reference_logps': token_logps(given['reference'], tokens),

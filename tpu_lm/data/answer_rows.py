@@ -33,7 +33,7 @@ def rows(
   together: int = 1,
   most: int = 0,
 ) -> dict[str, np.ndarray]:
-  """The columns tokens, loss_mask, segment_ids and positions, [N, L+1].
+  """The columns tokens, loss_mask, segment_ids and positions, [B, L+1].
 
   The mask is on the answers. L is rounded up to an eighth of a power of two, so
   that few shapes are compiled.
@@ -44,7 +44,7 @@ def rows(
     pad_id: stands behind them.
     together: so many answers, which stand side by side and have one prompt,
       make a row, G. If it is not 1, there is one column more: `answer_at`,
-      int32 [N, G, A], where among the targets the answers' tokens are.
+      int32 [B, G, A], where among the targets the answers' tokens are.
     most: tokens an answer may have; A is not less.
   """
   made = [
@@ -97,7 +97,7 @@ def _rounded(size: int) -> int:
 
 
 def keep(columns: dict[str, np.ndarray], kept_N: np.ndarray) -> None:
-  """Takes answers out of the mask, but for those that are True."""
+  """Takes answers out of the mask, but for those (of N) that are True."""
   kept_BG = kept_N.reshape(len(columns['tokens']), -1)
   number = np.maximum(columns['segment_ids'], 1) - 1
   columns['loss_mask'] &= np.take_along_axis(kept_BG, number, axis=1)
@@ -106,7 +106,7 @@ def keep(columns: dict[str, np.ndarray], kept_N: np.ndarray) -> None:
 def beside(
   columns: dict[str, np.ndarray], values: Sequence[Sequence[float]]
 ) -> np.ndarray:
-  """Float32 [N, L]: a number for each token of the answers, at its target."""
+  """Float32 [B, L]: a number for each token of the answers, at its target."""
   found = np.zeros(columns['loss_mask'][:, 1:].shape, np.float32)
   found[columns['loss_mask'][:, 1:]] = np.concatenate(values)
   return found

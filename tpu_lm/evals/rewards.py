@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_lm import rollouts
+from tpu_lm import rollouts, stage
 
+READS_ROWS = False  # but prompts
 _PROMPTS = 64  # at a time
 _SAMPLES = 8
 
@@ -58,11 +59,16 @@ def figures(
 
 def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict | None]:
   """The evaluation that a run does: params -> figures of its held-out rows."""
-  known = rollouts.Sampling._fields
-  given = {k: v for k, v in run.config.stage.items() if k in known}
-  how = rollouts.Sampling()._replace(**given)
+  how = rollouts.sampling_of(run.config)
+  stage.require(how and how.reward, 'reward', '', 'evals=rewards needs one')
+  ours = getattr(run, 'sampler', None)
   sampler = rollouts.Rollouts(
-    run.model, run.tokenizer, rows, run.mesh, split='heldout'
+    run.model,
+    run.tokenizer,
+    rows,
+    run.mesh,
+    split='heldout',
+    scorings=ours and ours.scorings,
   )
 
   def evaluate(params: Any) -> dict[str, float] | None:

@@ -79,16 +79,17 @@ def write(
     raise UserError(f'--source={source}: holds no records')
   loaded = start.load(workdir, base=base)
   template = chat.load('', loaded.tokenizer, workdir / 'tokenizer')
-  repeated = [one for one in asked for _ in range(best.count)]
   found = answers.answers(
     loaded,
     template,
-    [question.messages for question, _ in repeated],
-    tools=[question.tools for question, _ in repeated],
+    [question.messages for question, _ in asked],
+    tools=[question.tools for question, _ in asked],
     max_new_tokens=max_new_tokens,
     sampler=sampler,
     seed=seed,
+    copies=best.count,
   )
+  repeated = [one for one in asked for _ in range(best.count)]
   chosen = _chosen(repeated, found, best)
   lines = [_line(repeated[i][0], found[i].text) for i in chosen]
   if not lines:

@@ -1,7 +1,6 @@
 """Answers of a model to conversations, through its chat template.
 
-The engine takes them in batches of prompts of like length; whatever the
-batch, an answer depends on its own prompt, the seed and its number alone.
+An answer depends on its own prompt, the seed and its number alone.
 """
 
 import functools
@@ -14,7 +13,7 @@ import numpy as np
 from tpu_lm import stage
 from tpu_lm.data import answer_rows
 from tpu_lm.data.chat import Template
-from tpu_lm.generate import engine
+from tpu_lm.generate import batching
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.start import Loaded
 
@@ -40,7 +39,8 @@ def answers(
   max_new_tokens: int = 64,
   sampler: Sampler = GREEDY,
   seed: int = 0,
-  batch_size: int = 64,
+  copies: int = 1,
+  slots: int = 64,
 ) -> list[Answer]:
   """The assistant's next message in each conversation, in their order.
 
@@ -52,28 +52,27 @@ def answers(
     max_new_tokens: of an answer, its stop token included.
     sampler: how tokens are drawn; the likeliest by default.
     seed: of the drawing.
-    batch_size: conversations at a time.
+    copies: answers to each conversation, side by side.
+    slots: answers at a time.
   """
   stop_ids = (template.stop_id, loaded.tokenizer.eot_id)
   tools = tools or [None] * len(conversations)
   prompts = list(map(template.prompt, conversations, tools))
-  order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-  found: list[Answer | None] = [None] * len(prompts)
-  for first in range(0, len(order), batch_size):
-    chosen = order[first : first + batch_size]
-    completions = engine.generate(
-      loaded.model,
-      loaded.params,
-      [prompts[i] for i in chosen],
-      max_new_tokens,
-      sampler,
-      stop_ids,
-      seed,
-      sequence_ids=chosen,
-    )
-    for i, one in zip(chosen, completions, strict=True):
-      text = loaded.tokenizer.decode(one.tokens)
-      found[i] = Answer(text, one.finished, one.tokens, one.logps)
+  found: list[Answer | None] = [None] * (len(prompts) * copies)
+  completions = batching.completed(
+    loaded.model,
+    loaded.params,
+    prompts,
+    max_new_tokens,
+    sampler,
+    stop_ids,
+    seed,
+    copies=copies,
+    slots=slots,
+  )
+  for i, one in completions:
+    text = loaded.tokenizer.decode(one.tokens)
+    found[i] = Answer(text, one.finished, one.tokens, one.logps)
   return found
 
 

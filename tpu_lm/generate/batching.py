@@ -4,7 +4,8 @@ A fixed number of slots is decoded together. Whenever an eighth of them are
 done, their completions are given out and the next prompts are put into them; a
 prompt that several sequences share is run once. Three programs do all, of
 shapes that are known beforehand, so that nothing is compiled on the way. Where
-all sequences have found a slot at once, slots are halved as they become free.
+all sequences have found a slot at once, slots are halved as they become free,
+which compiles some programs more, the first time.
 
 The device decodes on while the caller works on what it was given.
 """
@@ -126,7 +127,9 @@ def _completed(model, params, state, sampler, pool, num_first):
     state, begins = _rewound(state), [1] * len(owners)
     if pool is not None:
       state = pool.refill(state, owners, begins)
-    elif (chosen := _fewer(state, owners)) is not None:
+    elif any(x is not None for x in owners) and (
+      (chosen := _fewer(state, owners)) is not None
+    ):
       weights = state.weights
       state = _shrunk(state._replace(weights=None), chosen)
       state = state._replace(weights=weights)

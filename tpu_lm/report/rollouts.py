@@ -41,7 +41,7 @@ def _rollout(text: str) -> Rollout | None:
       str(line['text']),
       line.get('reward'),
       line.get('step', 0),
-      str(line.get('note') or ''),
+      '; '.join(map(str, line.get('notes', {}).values())),
     )
   except (ValueError, KeyError, TypeError, AttributeError):
     return None

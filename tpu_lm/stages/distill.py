@@ -45,7 +45,7 @@ def make(
   num_vocab = model.config.vocab_size
   measure = divergences.Measure(divergence, beta, temperature, top_k)
   measure.check(num_vocab)
-  sampling.check(model)
+  sampling.check()
   require(0 <= alpha <= 1, 'alpha', alpha, 'from 0 to 1')
   require(bool(teacher), 'teacher', teacher, 'name a working directory')
   kept = measure.names if top_k and not (on_the_fly or sampler) else ()

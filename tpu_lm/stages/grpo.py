@@ -1,9 +1,8 @@
 """Group-relative policy optimisation, and its relatives without a value.
 
 Columns: row, step, both int32 [B]; answers are sampled (rollouts.py).
-Prepared: tokens, loss_mask, segment_ids, positions, all [N, L+1], and with
-several answers a row (`together`) answer_at (data/answer_rows.py); advantages
-of the answers; sampler_logps, reference_logps [N, L]; old_logps [N, L], where
+Prepared: rows of `together` answers (data/answer_rows.py); advantages [N] of
+the answers; sampler_logps, reference_logps [B, L]; old_logps [B, L], where
 there are several updates on a rollout.
 
 Each prompt is answered `group` times, and an answer's advantage is its reward
@@ -34,9 +33,14 @@ def make(
   scale: str = 'group',
   leave_one_out: bool = False,
   drop_unfinished: bool = False,
+  together: int = 1,
 ) -> Stage:
-  sampling.check(model)
+  sampling.check()
   objective.check()
+  sliding, group = any(model.config.windows), sampling.group
+  fits = together == 1 or (together > 1 and not (sliding or group % together))
+  wanted = f'must divide group={group}; 1 for a network with sliding windows'
+  require(fits, 'together', together, wanted)
   known = advantages.SCALES
   require(scale in known, 'scale', scale, f'one of {", ".join(known)}')
   require(bool(sampling.reward), 'reward', '', 'name a reward, such as math')
@@ -49,9 +53,8 @@ def make(
     return rollout.of_answers(found.reshape(-1))
 
   def prepare(params, batch, key):
-    rollout = sampler.sample(
-      params, batch, key, sampling, scores=not sampling.once
-    )
+    scores = sampling.num_updates > 1
+    rollout = sampler.sample(params, batch, key, sampling, scores, together)
     columns = rollout.columns
     columns['advantages'] = advantage(rollout)
     if objective.beta:
@@ -71,7 +74,7 @@ def make(
     return objective.mean(losses_NA, mask_NA), metrics
 
   def watch(metrics):
-    if sampling.once and metrics['targets']:
+    if sampling.num_updates == 1 and metrics['targets']:
       meters.check_gap(metrics, sampling.max_gap)
 
   return Stage(loss, prepare, watch=watch)

@@ -34,11 +34,8 @@ def make(
   value_weight: float = 0.1,
   value_clip: float = 0.2,
 ) -> Stage:
-  sampling.check(model)
-  for one in (objective, returns):
+  for one in (sampling, objective, returns):
     one.check()
-  one_a_row = sampling.together == 1
-  require(one_a_row, 'together', sampling.together, '1: values are of a row')
   require(bool(sampling.reward), 'reward', '', 'name a reward, such as model')
   head = model.config.scalar_head
   require(head, 'value_weight', value_weight, 'set model.scalar_head=true')
