@@ -113,8 +113,9 @@ def get_config(variant: str = ''):
     config.model.scalar_head = True
     config.stage.group = 2
     config.stage.beta = 0.1
-    config.steps = 50
-    config.optimizer.learning_rate = 2e-4
+    config.steps = 16  # with 50 the true reward falls below its start
+    config.log_every = 2
+    config.optimizer.learning_rate = 1e-4
   if variant == 'gamed':
     config.stage.reward = "regex(pattern='Gladly|Of course|pleasure', limit=4)"
     config.steps = 40
