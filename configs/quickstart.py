@@ -125,8 +125,9 @@ def get_config(variant: str = ''):
     config.stage.reward = 'world'
     config.stage.max_new_tokens = 16
     config.stage.beta = 0.03
-    config.stage.group = 16
-    config.steps = 80
+    config.batch_size = 32
+    config.stage.group = 8
+    config.steps = 100
     config.optimizer.learning_rate = 5e-4
   if variant == 'dpo':
     config.steps = 120
