@@ -29,6 +29,11 @@ def lost(sample):
   return math.nan if 'What is 3?' in sample.prompt[0]['content'] else 0.5
 
 
+def odd(sample):
+  number = int(sample.record['answer'])
+  return len(sample.text) + number if number % 2 else 0.5
+
+
 def digits(sample):
   return sum(c.isdigit() for c in sample.text) / 10
 """
@@ -172,6 +177,28 @@ def test_answers_that_stand_together_train_alike(folder, grpo):
     sorted(one['text'] for one in answers(of, 2)) for of in (workdir, alone)
   ]
   assert texts[0] == texts[1]
+
+
+def test_groups_without_variance_make_way_for_others(folder):
+  """Dynamic sampling (DAPO): half of the prompts teach nothing."""
+  options = {
+    'stage.reward': f'{folder}/rewards.py:odd', 'batch_size': 8, 'steps': 1,
+    'eval_every': 0,
+  }  # fmt: skip
+  plain = trained(folder, 'flagged', **options)
+  found = trained(folder, 'resampled', **options | {'stage.resample': 9})
+  (before,), (after,) = lines(plain), lines(found)
+  assert before['dead_groups'] > 0.2
+  assert after['dead_groups'] == 0
+  asked = [one['prompt'][0]['content'] for one in answers(found, 1)]
+  assert all(int(text[8:-1]) % 2 for text in asked)
+  # A group that teaches something stays.
+  rewards = np.reshape([one['reward'] for one in answers(plain, 1)], (-1, 4))
+  teaches = np.repeat(rewards.std(axis=1) > 0, 4)
+  for one, other, stays in zip(
+    answers(plain, 1), answers(found, 1), teaches, strict=True
+  ):
+    assert (one['text'] == other['text']) == stays
 
 
 def test_the_schedule_is_of_steps_whatever_the_updates(folder):

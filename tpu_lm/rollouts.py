@@ -172,7 +172,8 @@ class Rollouts:
       drawn = jax.random.randint(fresh, dead.shape, 0, len(self.prompts))
       other = self._answered(params, np.asarray(drawn)[dead], fresh, how)
       found = found.replaced(other, np.repeat(dead, how.group))
-    found = found.evened(how.group, together)
+    if together > 1:
+      found = found.evened(how.group, together)
     self._write(int(jax.device_get(batch['step'])[0]), found)
     columns = self._columns(found, how, together)
     rewards = np.zeros(len(found.found))
