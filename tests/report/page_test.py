@@ -8,7 +8,7 @@ from made_runs import Page, heldout, make_run, train
 
 from tpu_lm import report
 from tpu_lm.errors import UserError
-from tpu_lm.report import page, rollouts
+from tpu_lm.report import page, records, rollouts
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"\'&{0}{name}%s'
 
@@ -254,3 +254,10 @@ def test_every_colour_of_text_can_be_read(palette):
   for name in names:
     low, high = sorted((paper, _luminance(palette[name])))
     assert (high + 0.05) / (low + 0.05) >= 4.5, name
+
+
+def test_what_a_stage_has_answered_counts_as_its_tokens(tmp_path):
+  """Four updates a step, of which the last is logged."""
+  lines = [train(step, tokens=0, targets=10.0 * step) for step in (10, 20)]
+  found = records.read(make_run(tmp_path / 'run', 'ppo', lines))
+  assert found.tokens == 150 * 4 * 20

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from tpu_lm import config as configs
-from tpu_lm import metrics
+from tpu_lm import metrics, rollouts
 from tpu_lm.errors import UserError
 from tpu_lm.report.markup import colour, is_number
 
@@ -37,8 +37,13 @@ class Record(NamedTuple):
 
   @property
   def tokens(self) -> float | None:
-    """Positions trained on."""
-    return _largest(self.of('train'), 'tokens')
+    """Positions trained on; of answers, as the steps that were logged say."""
+    told = _largest(self.of('train'), 'tokens')
+    how = None if told else rollouts.sampling_of(self.config)
+    targets = [y for _, y in self.points('targets', 'train') if y is not None]
+    if how is None or not targets:
+      return told
+    return sum(targets) / len(targets) * how.num_updates * self.steps
 
   @property
   def compares_pairs(self) -> bool:
