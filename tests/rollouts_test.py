@@ -8,8 +8,8 @@ import pytest
 import tiny
 from stages_test import assert_close, gradient
 
+from tpu_lm import check, meters, metrics, run, stage, start
 from tpu_lm import config as configs
-from tpu_lm import meters, metrics, run, stage, start
 from tpu_lm.errors import UserError
 
 PLAIN = {'mesh.data': 1, 'optimizer.schedule': 'constant'}
@@ -177,6 +177,15 @@ def test_answers_that_stand_together_train_alike(folder, grpo):
     sorted(one['text'] for one in answers(of, 2)) for of in (workdir, alone)
   ]
   assert texts[0] == texts[1]
+
+
+def test_check_proves_what_a_policy_has_answered(folder, capsys):
+  """Though random parameters earn nothing, which alone would prove nothing."""
+  asked = config(folder, **{
+    'stage.reward': 'exact', 'stage.together': 2, 'stage.beta': 0.1,
+  })  # fmt: skip
+  assert check.check(asked, folder / 'check', 1)
+  assert f'{"documents unpacked":<28}  the same' in capsys.readouterr().out
 
 
 def test_groups_without_variance_make_way_for_others(folder):
