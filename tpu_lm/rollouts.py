@@ -182,11 +182,11 @@ class Rollouts:
       rewards = found.scored.total
       answer_rows.keep(columns, ~np.isnan(rewards))
       figures |= meters.of_rewards(found.scored, how.group, how.reward)
-    if scores:
-      with self._phases('score'):
+    with self._phases('score'):  # begins in any case: `drill` kills here
+      if scores:
         columns['old_logps'] = self.logps(params, columns, how)
-      figures |= meters.of_gap(columns)
-      meters.check_gap(figures, how.max_gap)
+        figures |= meters.of_gap(columns)
+        meters.check_gap(figures, how.max_gap)
     finished = np.array([one.finished for one in found.found])
     return Rollout(columns, rewards, finished, figures)
 
