@@ -8,9 +8,10 @@ import pytest
 import tiny
 from stages_test import assert_close, gradient
 
-from tpu_lm import check, meters, metrics, run, stage, start
+from tpu_lm import check, drill, meters, metrics, run, stage, start, train
 from tpu_lm import config as configs
 from tpu_lm.errors import UserError
+from tpu_lm.phases import Phases
 
 PLAIN = {'mesh.data': 1, 'optimizer.schedule': 'constant'}
 REWARDS = """
@@ -186,6 +187,16 @@ def test_check_proves_what_a_policy_has_answered(folder, capsys):
   })  # fmt: skip
   assert check.check(asked, folder / 'check', 1)
   assert f'{"documents unpacked":<28}  the same' in capsys.readouterr().out
+
+
+def test_every_point_at_which_drill_kills_is_reached(folder):
+  options = {'steps': 1, 'eval_every': 0}
+  with Phases(watchdog_seconds=0) as phases:
+    one = run.Run(config(folder, **options), folder / 'points', phases, quiet)
+    with jax.set_mesh(one.mesh):
+      train.fold(one)
+    one.close()
+  assert set(drill.SAMPLING) <= phases.seconds.keys()
 
 
 def test_groups_without_variance_make_way_for_others(folder):
