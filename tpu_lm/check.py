@@ -29,7 +29,7 @@ from tpu_lm import (
   stage,
   tokenizer,
   train,
-)  # fmt: skip
+)
 from tpu_lm.data import loader as loaders
 from tpu_lm.data import prompts
 from tpu_lm.data.records import ASKING

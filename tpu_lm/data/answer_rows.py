@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpu_lm.buckets import room_for
 from tpu_lm.models.attention import SHARED
 
 _SMALLEST = 32  # tokens of a row; shorter ones are not worth a program
@@ -53,7 +54,7 @@ def rows(
   ]
   sizes = [sum(len(piece.ids) for piece in row) for row in made]
   # A slot stays empty: what is read at the last token is read before it.
-  shape = len(made), _rounded(max(sizes)) + 1
+  shape = len(made), room_for(max(sizes), _SMALLEST) + 1
   columns = {
     'tokens': np.full(shape, pad_id, np.int32),
     'loss_mask': np.zeros(shape, bool),
@@ -89,11 +90,6 @@ def _pieces(prompt, answers, together: int) -> Iterator[_Piece]:
   yield _Piece(before, SHARED, 0, len(before))
   for n, answer in enumerate(answers, 1):
     yield _Piece([last, *answer], n, len(before), 1)
-
-
-def _rounded(size: int) -> int:
-  step = max(_SMALLEST, (1 << (size - 1).bit_length()) // 8)
-  return -(-size // step) * step
 
 
 def keep(columns: dict[str, np.ndarray], kept_N: np.ndarray) -> None:

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpu_lm.buckets import bucket, room_for
 from tpu_lm.generate import cache as caches
 from tpu_lm.generate import engine
-from tpu_lm.generate.engine import Asked, Completion, Rows, State, bucket
+from tpu_lm.generate.engine import Asked, Completion, Rows, State
 from tpu_lm.generate.packed import packed
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.models import ring, transformer
@@ -127,9 +128,7 @@ def _completed(model, params, state, sampler, pool, num_first):
     state, begins = _rewound(state), [1] * len(owners)
     if pool is not None:
       state = pool.refill(state, owners, begins)
-    elif any(x is not None for x in owners) and (
-      (chosen := _fewer(state, owners)) is not None
-    ):
+    elif (chosen := _fewer(state, owners)) is not None:
       weights = state.weights
       state = _shrunk(state._replace(weights=None), chosen)
       state = state._replace(weights=weights)
@@ -139,7 +138,9 @@ def _completed(model, params, state, sampler, pool, num_first):
 
 
 def _fewer(state: State, owners: list) -> np.ndarray | None:
-  """The slots that suffice: half, a quarter, … of them; None: it takes all.
+  """The slots that suffice: half, a quarter, … of them.
+
+  None: it takes all, or nothing is under way.
 
   Of each prompt that is kept once as many must be left.
   """
@@ -148,7 +149,7 @@ def _fewer(state: State, owners: list) -> np.ndarray | None:
     groups = len(slots.prefix_k) * len(owners) // len(slots.k)
   free_PC = np.array([owner is None for owner in owners]).reshape(groups, -1)
   most = max(int((~free_PC).sum(axis=1).max()), -(-_FEWEST // groups))
-  if 2 * (copies := bucket(most)) > free_PC.shape[1]:
+  if free_PC.all() or 2 * (copies := bucket(most)) > free_PC.shape[1]:
     return None
   # Those under way first.
   chosen_PC = np.argsort(free_PC, axis=1, kind='stable')[:, :copies]
@@ -167,24 +168,19 @@ def _shrunk(state: State, chosen_R) -> State:
     return rows.reshape(-1, *x.shape[1:])
 
   def layer(slots: ring.Slots) -> ring.Slots:
-    names = ('k', 'v', 'k_scale', 'v_scale')
-    return slots._replace(
-      **{
-        name: slots_of(getattr(slots, name))
-        for name in names
-        if getattr(slots, name) is not None
-      }
+    own = slots._replace(prefix_k=None, prefix_v=None)
+    return jax.tree.map(slots_of, own)._replace(
+      prefix_k=slots.prefix_k, prefix_v=slots.prefix_v
     )
 
   cache = state.cache._replace(layers=tuple(map(layer, state.cache.layers)))
   if cache.prefix_B is not None:
     cache = cache._replace(prefix_B=cache.prefix_B[chosen_R])
-  rows = ('token_B', 'position_B', 'done_B', 'stopped_B')
+  rows = ('token_B', 'position_B', 'done_B', 'stopped_B', 'count_B')
   columns = ('tokens_TB', 'logps_TB', 'sampled_logps_TB')
   return state._replace(
     cache=cache,
     rows=jax.tree.map(lambda x: x[chosen_R], state.rows),
-    count_B=jnp.zeros(len(chosen_R), jnp.int32),
     **{name: getattr(state, name)[chosen_R] for name in rows},
     **{name: getattr(state, name)[:, chosen_R] for name in columns},
   )
@@ -248,7 +244,7 @@ class _Pool:
     state = _empty(
       rows,
       model=self._model,
-      slots=engine.room_for(longest),
+      slots=room_for(longest),
       room=min(bucket(most, _SMALLEST), _SEGMENT),
       quantised_cache=quantised_cache,
     )

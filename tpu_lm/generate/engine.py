@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpu_lm.buckets import bucket, room_for
 from tpu_lm.errors import UserError
 from tpu_lm.generate import cache as caches
 from tpu_lm.generate import sampler as samplers
@@ -75,17 +76,6 @@ class State(NamedTuple):
   logps_TB: jax.Array
   sampled_logps_TB: jax.Array
   weights: Any = None  # as decoding reads them; never used up
-
-
-def bucket(count: int, smallest: int = 1) -> int:
-  """Returns the next power of two, at least `smallest`."""
-  return max(smallest, 1 << max(count - 1, 0).bit_length())
-
-
-def room_for(count: int) -> int:
-  """Returns a length of a cache: four of them to a doubling."""
-  step = max(bucket(count) // 8, _SMALLEST)
-  return -(-count // step) * step
 
 
 def generate(

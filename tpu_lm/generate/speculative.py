@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpu_lm.buckets import bucket, room_for
 from tpu_lm.errors import UserError
 from tpu_lm.generate import cache as caches
 from tpu_lm.generate import engine
 from tpu_lm.generate import sampler as samplers
-from tpu_lm.generate.engine import Completion, Rows, bucket
+from tpu_lm.generate.engine import Completion, Rows
 from tpu_lm.generate.packed import packed
 from tpu_lm.generate.sampler import Sampler
 from tpu_lm.models import ring, transformer
@@ -49,6 +50,10 @@ class Guessing(NamedTuple):
   draft: Draft | None = None  # None: by the text itself
   ahead: int = 4  # tokens at once
 
+  @property
+  def draft_model(self) -> Transformer | None:
+    return self.draft and self.draft.model
+
   def check(self, model: Transformer, sampler: Sampler) -> None:
     """Refuses what cannot be.
 
@@ -62,14 +67,11 @@ class Guessing(NamedTuple):
         f'repetition_penalty={sampler.repetition_penalty}: cannot be had with '
         'speculative decoding; set it to 1'
       )
-    sizes = [
-      one.config.vocab_size
-      for one in (model, *([self.draft.model] if self.draft else []))
-    ]
-    if len(set(sizes)) > 1:
+    mine, own = self.draft_model, model.config.vocab_size
+    if mine and mine.config.vocab_size != own:
       raise UserError(
-        f"draft: its vocabulary has {sizes[1]} tokens, the model's {sizes[0]}; "
-        'take a draft of the same tokenizer'
+        f'draft: its vocabulary has {mine.config.vocab_size} tokens, the '
+        f"model's {own}; take a draft of the same tokenizer"
       )
 
 
@@ -158,10 +160,10 @@ def start(
     tokens_BL,
     length_B,
     engine.rows_of(model, sequences, sampler, num_rows),
-    slots=max(engine.room_for(longest + most + ahead + 1), length),
+    slots=max(room_for(longest + most + ahead + 1), length),
     room=bucket(most + ahead + 1, _SMALLEST),
     model=model,
-    draft_model=draft.model if draft else None,
+    draft_model=guessing.draft_model,
     sampler=sampler,
     ahead=ahead,
   )
@@ -188,7 +190,7 @@ def advance(
     state._replace(weights=None),
     np.int32(limit),
     model=model,
-    draft_model=guessing.draft.model if guessing.draft else None,
+    draft_model=guessing.draft_model,
     sampler=sampler,
     ahead=guessing.ahead,
   )

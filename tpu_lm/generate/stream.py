@@ -133,47 +133,41 @@ def stream(
     model.config.max_length, len(ids), max_new_tokens, warn or _warn
   )
   sampler.check(model.config.vocab_size)
-  stop_ids = (tokenizer.eot_id, *stop_ids)
-  asked = model, params, [ids], max_new_tokens, sampler, stop_ids, seed
-  if guessing is None:
-    grown = _grown(*asked, quantised_cache=quantised_cache)
-  else:
+  if guessing is not None:
     guessing.check(model, sampler)
     if quantised_cache:
       raise UserError('quantised_cache: not with speculative decoding yet')
-    grown = _speculated(*asked, guessing=guessing)
+  stop_ids = (tokenizer.eot_id, *stop_ids)
+  asked = model, params, ids, max_new_tokens, sampler, stop_ids, seed
+  grown = _grown(*_ways(*asked, quantised_cache, guessing), max_new_tokens)
   return _texts(grown, Detokenizer(tokenizer), StopStrings(stop))
 
 
-def _grown(
-  model, params, prompts, most: int, sampler, stop_ids, seed, *, quantised_cache
-) -> Iterator[engine.Completion]:
+def _ways(model, params, ids, most, sampler, stop_ids, seed, int8, guessing):
+  """What begins a completion, reads it, and goes on with it to a length."""
+  asked = model, params, [ids], most, sampler, stop_ids, seed
+  if guessing is None:
+    return (
+      lambda: engine.start(*asked, quantised_cache=int8),
+      lambda state: engine.completions(state, 1)[0],
+      lambda state, to: engine.advance(model, params, state, to, sampler),
+    )
+  return (
+    lambda: speculative.start(*asked, guessing=guessing),
+    lambda state: speculative.speculated(state, [len(ids)]).completions[0],
+    lambda state, to: speculative.advance(model, state, to, sampler, guessing),
+  )
+
+
+def _grown(begin, read, advance, most: int) -> Iterator[engine.Completion]:
   """The completion of one prompt as it grows, some tokens at a time."""
-  asked = model, params, prompts, most, sampler, stop_ids, seed
-  state = engine.start(*asked, quantised_cache=quantised_cache)
+  state = begin()
   while True:
-    one = engine.completions(state, 1)[0]
+    one = read(state)
     yield one
     if one.finished or len(one.tokens) >= most:
       return
-    limit = min(len(one.tokens) + _BLOCK, most)
-    state = engine.advance(model, params, state, limit, sampler)
-
-
-def _speculated(
-  model, params, prompts, most: int, sampler, stop_ids, seed, *, guessing
-) -> Iterator[engine.Completion]:
-  """As `_grown`, by speculative decoding."""
-  asked = model, params, prompts, most, sampler, stop_ids, seed
-  state = speculative.start(*asked, guessing=guessing)
-  while True:
-    found = speculative.speculated(state, list(map(len, prompts)))
-    one = found.completions[0]
-    yield one
-    if one.finished or len(one.tokens) >= most:
-      return
-    limit = len(one.tokens) + _BLOCK
-    state = speculative.advance(model, state, limit, sampler, guessing)
+    state = advance(state, min(len(one.tokens) + _BLOCK, most))
 
 
 def _texts(
