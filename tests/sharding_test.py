@@ -54,7 +54,6 @@ def test_a_mesh_may_leave_devices_unused():
     ({'data': -1, 'fsdp': -1}, r'mesh\.fsdp=-1: only one axis'),
     ({'data': 0}, r'mesh\.data=0'),
     ({'tensor': -2}, r'mesh\.tensor=-2'),
-    ({'expert': 2}, r'mesh\.expert=2: no model has experts'),
   ],
 )
 def test_a_mesh_that_cannot_be_is_refused(given, message):

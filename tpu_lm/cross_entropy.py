@@ -25,7 +25,6 @@ from jax.sharding import PartitionSpec as P
 from tpu_lm import sharding
 
 _LOGITS = 1 << 22  # as many are held at a time, a device (float32: 16 MiB)
-_SHARDED = (*sharding.BATCH, 'sequence')
 
 
 def mean(
@@ -136,10 +135,9 @@ def chunk_length(shape: tuple[int, int], num_vocab: int, chunk: int = 0) -> int:
 def _shards(shape: tuple[int, int]) -> tuple[int, int]:
   """Into how many parts the mesh in force divides rows and positions."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return 1, 1
-  rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-  columns = mesh.shape['sequence']
+  sizes = sharding.free_axes(mesh)
+  rows = math.prod(sizes[axis] for axis in _row_axes(mesh))
+  columns = sizes.get('sequence', 1)
   return (
     rows if shape[0] % rows == 0 else 1,
     columns if shape[1] % columns == 0 else 1,
@@ -173,7 +171,14 @@ def _join(x, shape: tuple[int, int], shards: tuple[int, int], length: int):
 
 def _constrain(x: jax.Array, axis: int) -> jax.Array:
   """Lays the shards S, dimension `axis`, on their devices."""
-  return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, _SHARDED))
+  shared = (*_row_axes(jax.sharding.get_abstract_mesh()), 'sequence')
+  return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, shared))
+
+
+def _row_axes(mesh) -> tuple[str, ...]:
+  """The axes over which the partitioner divides rows."""
+  free = sharding.free_axes(mesh)
+  return tuple(a for a in sharding.row_axes(mesh) if a in free)
 
 
 def _logits(hidden_STD, head_VD, soft_cap: float) -> jax.Array:

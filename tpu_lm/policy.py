@@ -30,6 +30,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tpu_lm import per_device
 from tpu_lm.stage import Batch, Mean, require
 
 LEVELS = ('token', 'sequence', 'sequence_token', 'answer')
@@ -379,7 +380,7 @@ def meters(
   advantages_BL = _by_token(advantages, mask_BL)
   low_BL = (ratios_BL < 1 - clip_low) & (advantages_BL < 0)
   high_BL = (ratios_BL > 1 + clip_high) & (advantages_BL > 0)
-  largest = jnp.where(mask_BL, ratios_BL, 0).max()
+  largest = per_device.largest(jnp.where(mask_BL, ratios_BL, 0).max())
   return {
     'clip_low': aggregate(low_BL, mask_BL),
     'clip_high': aggregate(high_BL, mask_BL),
@@ -400,9 +401,10 @@ def gap(
   """
   apart_BL = jnp.where(mask_BL, jnp.abs(logps_BL - sampler_logps_BL), 0)
   apart_BL = apart_BL.astype(jnp.float32)
+  largest = per_device.largest(apart_BL.max())
   return {
     'sampler_gap': aggregate(apart_BL, mask_BL),
-    'sampler_gap_max': Mean(apart_BL.max(), jnp.ones((), jnp.float32)),
+    'sampler_gap_max': Mean(largest, jnp.ones((), jnp.float32)),
   }
 
 

@@ -2,8 +2,9 @@
 
 Mesh axes: `data` (replicas), `fsdp` (replicas that also share out the
 parameters), `tensor` (heads and hidden units), `sequence` (positions of the
-activations), `expert` (reserved for mixtures of experts). Axes of size 1 cost
-nothing.
+activations), `expert` (replicas that share out experts, and all else like
+`fsdp`). Axes of size 1 cost nothing. On a torus `fsdp` may stand for several
+rings, `fsdp`, `fsdp_y` and `fsdp_z`: collectives are fast along one ring.
 
 One table of (pattern, spec) says how a parameter is laid out; optimizer state
 follows its parameter, since its paths end in the parameter's path.
@@ -21,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from tpu_lm.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
-BATCH = ('data', 'fsdp')  # the axes that share out a batch's rows
 
 # The first pattern that is found in the path decides. Leading N: layers. The
 # number says how many dimensions of a matrix are its inputs; they come first.
@@ -39,6 +39,7 @@ _PARTS = re.compile(
   r'(?:/(values|scales|a|b|m|codes|peaks|steps|mean))?$'
 )
 _BLOCKS = ('fsdp', 'tensor')  # the axes that share out blocks of 4-bit codes
+_RINGS = ('fsdp', 'fsdp_y', 'fsdp_z')
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -46,8 +47,17 @@ def path_name(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
+def make_mesh(
+  sizes: dict[str, int],
+  devices: Any = None,
+  rings: tuple[int, ...] = (),
+) -> Mesh:
   """Makes the mesh; a size of -1 (one axis at most) takes what is left.
+
+  Args:
+    sizes: by the names of AXES.
+    devices: all that there are by default.
+    rings: what the axis `fsdp` is made of, instead of what the devices say.
 
   Raises:
     UserError: the sizes do not make up the number of devices.
@@ -57,10 +67,6 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
   for axis, size in sizes.items():
     if size < 1 and size != -1:
       raise UserError(f'mesh.{axis}={size}: give a size of at least 1, or -1')
-  if sizes['expert'] != 1:
-    raise UserError(
-      f'mesh.expert={sizes["expert"]}: no model has experts yet; set it to 1'
-    )
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise UserError(
@@ -76,13 +82,34 @@ def make_mesh(sizes: dict[str, int], devices: Any = None) -> Mesh:
       f'mesh: {product} needs {taken} devices or a multiple, and there are '
       f'{len(devices)} {devices[0].platform} devices; lower one of them'
     )
-  shape = tuple(sizes.values())
+  devices = devices[: math.prod(sizes.values())]
+  rings = rings or (sizes['fsdp'],)
+  shape = {}
+  for axis, size in sizes.items():
+    split = dict(zip(_RINGS, rings, strict=False))
+    shape |= split if axis == 'fsdp' else {axis: size}
   return jax.make_mesh(
-    shape,
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices[: int(np.prod(shape))],
+    tuple(shape.values()),
+    tuple(shape),
+    axis_types=(AxisType.Auto,) * len(shape),
+    devices=devices,
   )
+
+
+def rows_over(mesh: Any) -> tuple[str, ...]:
+  """The axes that share out a batch's rows."""
+  return ('data', *_rings(mesh), 'expert')
+
+
+def row_axes(mesh: Any) -> tuple[str, ...]:
+  """Those of them along which there are several devices."""
+  if mesh.empty:
+    return ()
+  return tuple(axis for axis in rows_over(mesh) if mesh.shape[axis] > 1)
+
+
+def _rings(mesh: Any) -> tuple[str, ...]:
+  return tuple(axis for axis in _RINGS if axis in mesh.shape)
 
 
 def check_batch(
@@ -109,7 +136,7 @@ def check_batch(
 
 def num_batch_shards(mesh: Mesh) -> int:
   """Into how many parts the mesh divides a batch's rows."""
-  return int(np.prod([mesh.shape[axis] for axis in BATCH]))
+  return math.prod(mesh.shape[axis] for axis in rows_over(mesh))
 
 
 def num_inputs(name: str) -> int:
@@ -156,9 +183,10 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   Raises:
     UserError: `tensor` does not divide what it must.
   """
-  found = []
-  for axes, size in zip(_rule(name, len(shape)), shape, strict=True):
+  found, rule = [], _rule(name, len(shape))
+  for axes, size in zip(rule, shape, strict=True):
     axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+    axes = _expanded(axes, mesh, 'expert' in rule)
     must = axes == ('tensor',) and len(shape) > 2 and size > 1
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
       axes = axes[:-1]
@@ -169,6 +197,31 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
       )
     found.append(axes if len(axes) > 1 else axes[0] if axes else None)
   return P(*found) if any(found) else P()
+
+
+def _expanded(
+  axes: tuple[str, ...], mesh: Any, is_expert: bool
+) -> tuple[str, ...]:
+  """`fsdp` as all the axes it stands for; `expert` helps where it can."""
+  found = []
+  for axis in axes:
+    more = [*_rings(mesh)[1:], *(() if is_expert else ('expert',))]
+    more = [other for other in more if mesh.shape[other] > 1]
+    found += [axis, *more] if axis == 'fsdp' else [axis]
+  return tuple(found)
+
+
+def specs_of(tree: Any, mesh: Any, axes: tuple[str, ...]) -> Any:
+  """The spec of every leaf, as far as it is about `axes`."""
+
+  def spec(path: tuple, leaf: Any) -> P:
+    kept = []
+    for entry in spec_of(path_name(path), leaf.shape, mesh):
+      names = entry if isinstance(entry, tuple) else (entry,)
+      kept.append(tuple(name for name in names if name in axes) or None)
+    return P(*kept)
+
+  return jax.tree_util.tree_map_with_path(spec, tree)
 
 
 def shardings_of(tree: Any, mesh: Mesh) -> Any:
@@ -196,7 +249,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
   """Lays this process's rows of a batch out over the mesh, rows divided."""
 
   def put(rows: np.ndarray) -> jax.Array:
-    place = NamedSharding(mesh, P(BATCH, *(None,) * (rows.ndim - 1)))
+    place = NamedSharding(mesh, P(rows_over(mesh), *(None,) * (rows.ndim - 1)))
     return jax.make_array_from_process_local_data(place, rows)
 
   return {name: put(rows) for name, rows in batch.items()}
@@ -205,15 +258,27 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
 def _constrain(x: jax.Array, *axes: Any) -> jax.Array:
   """A sharding constraint under a mesh; nothing outside of one."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  sizes = free_axes(mesh)
+  if math.prod(sizes.values()) == 1:
     return x
   # A leading size 1 (initialisation) or a ragged one stays whole.
   spec = []
-  for axis, size in zip(axes, x.shape, strict=True):
-    names = (axis,) if isinstance(axis, str) else (axis or ())
-    parts = int(np.prod([mesh.shape[name] for name in names]))
-    spec.append(axis if size % parts == 0 else None)
+  for given, size in zip(axes, x.shape, strict=True):
+    names = (given,) if isinstance(given, str) else (given or ())
+    names = tuple(name for name in names if name in sizes)
+    parts = math.prod(sizes[name] for name in names)
+    spec.append(names if names and size % parts == 0 else None)
   return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def free_axes(mesh: Any) -> dict[str, int]:
+  """The axes that are the partitioner's, with their sizes.
+
+  The others are those of a region that is worked on by hand (per_device.py).
+  """
+  if mesh.empty:
+    return {}
+  return {a: n for a, n in mesh.shape.items() if a not in mesh.manual_axes}
 
 
 def splits_sequence() -> bool:
@@ -224,7 +289,9 @@ def splits_sequence() -> bool:
 
 def constrain_activations(x_BLD: jax.Array) -> jax.Array:
   """Rows over data and fsdp, positions over sequence, the model whole."""
-  return _constrain(x_BLD, BATCH, 'sequence', None)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = () if mesh.empty else rows_over(mesh)
+  return _constrain(x_BLD, rows, 'sequence', None)
 
 
 def constrain_weight(weight: jax.Array, letters: str) -> jax.Array:

@@ -244,7 +244,7 @@ def token_logps(
     hidden_BLD = hidden_states(model, params, rows)
   logps_BL = cross_entropy.token_logps(
     hidden_BLD,
-    transformer.head(params),
+    transformer.head(params, hidden_BLD.dtype),
     rows['tokens'][:, 1:],
     mask_BL=weights_BL > 0,
     soft_cap=model.config.logit_soft_cap,

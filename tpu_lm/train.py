@@ -4,6 +4,7 @@
 trained, on which data and with which loss is the `Run`'s business (run.py).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from tpu_lm import guard as guards
-from tpu_lm import weights
+from tpu_lm import per_device, weights
 from tpu_lm.stage import LossFn, Mean
 
 
@@ -36,8 +37,16 @@ def summed_gradients(
 ) -> tuple[Any, Mean, dict[str, Mean]]:
   """Gradients and losses as sums over all microbatches, not yet divided.
 
-  Totals and weights add up exactly under ragged masks; means would not.
+  Totals and weights add up exactly under ragged masks; means would not. So
+  each device may take its own rows (per_device.py).
   """
+  own = functools.partial(_gradients, loss, microbatches=microbatches)
+  grads, (mean, metrics) = per_device.summed(own, params, frozen, batch, key)
+  return grads, mean, metrics
+
+
+def _gradients(loss: LossFn, params, frozen, batch, key, *, microbatches: int):
+  """The same, of the rows that are given."""
 
   def total(params, part, key):
     mean, metrics = loss(weights.combine(params, frozen), part, key)
@@ -45,8 +54,7 @@ def summed_gradients(
 
   gradient = jax.grad(total, has_aux=True)
   if microbatches == 1:
-    grads, (mean, metrics) = gradient(params, batch, key)
-    return grads, mean, metrics
+    return gradient(params, batch, key)
 
   # Row r goes to microbatch r % M, so that each device keeps its own rows.
   parts = jax.tree.map(
@@ -62,8 +70,7 @@ def summed_gradients(
 
   shapes = jax.eval_shape(gradient, params, batch, key)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  (grads, (mean, metrics)), _ = jax.lax.scan(add, zeros, (parts, keys))
-  return grads, mean, metrics
+  return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
 def make_update(

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import quantize, sharding, stage
+from tpu_lm import per_device, quantize, sharding, stage
 from tpu_lm.errors import UserError, nearest
 from tpu_lm.quantize import QUANTISED, Int8, Nf4
 from tpu_lm.sharding import path_name
@@ -128,13 +128,13 @@ def dense(leaf: Any) -> jax.Array:
   return weight if leaf.m is None else weight * (leaf.m / _norms(leaf))
 
 
-def rows(table: Any, ids: jax.Array) -> jax.Array:
-  """table[ids]: what a table [V, D] holds for ids of any shape."""
-  if isinstance(table, Int8):
-    values = sharding.replicate_columns(table.values)[ids]
-    scales = sharding.replicate_columns(table.scales)[ids]
-    return values.astype(jnp.float32) * scales
-  return sharding.replicate_columns(table)[ids]
+def rows(name: str, table: Any, ids: jax.Array, dtype: Any) -> jax.Array:
+  """table[ids] in `dtype`: what the table `name` [V, D] holds for ids."""
+  if not isinstance(table, Int8):
+    return per_device.looked_up(name, table.astype(dtype), ids)
+  values = per_device.looked_up(f'{name}/values', table.values, ids)
+  scales = per_device.looked_up(f'{name}/scales', table.scales, ids)
+  return (values.astype(jnp.float32) * scales).astype(dtype)
 
 
 # What a tree is made of.

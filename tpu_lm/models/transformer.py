@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import sharding, weights
+from tpu_lm import per_device, sharding, weights
 from tpu_lm.models import attention, ring, rope
 from tpu_lm.models.ring import Cache
 
@@ -174,7 +174,7 @@ def held(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]):
   # linen's own check of shapes knows plain arrays only.
   if module.has_variable('params', name):
     found = module.get_variable('params', name)
-    if isinstance(found, weights.HELD):
+    if isinstance(found, weights.HELD) or per_device.is_inside():
       return found
   return module.param(name, init, shape)
 
@@ -195,7 +195,8 @@ class Block(nn.Module):
       init = nn.initializers.zeros
     else:
       init = nn.initializers.normal(config.init_std)
-    return held(self, name, init, shape)
+    path = '/'.join((*self.path, name))
+    return per_device.whole(path, held(self, name, init, shape), self.dtype)
 
   @property
   def is_packed(self) -> bool:
@@ -401,7 +402,7 @@ class Transformer(nn.Module):
     if positions_BL is None:
       positions_BL = jnp.arange(tokens_BL.shape[1])[None]
       positions_BL = jnp.broadcast_to(positions_BL, tokens_BL.shape)
-    x_BLD = weights.rows(table, tokens_BL).astype(dtype)
+    x_BLD = weights.rows('embedding', table, tokens_BL, dtype)
     if config.scale_embedding:
       x_BLD = x_BLD * jnp.sqrt(float(config.dim)).astype(dtype)
     x_BLD = sharding.constrain_activations(x_BLD)
@@ -470,23 +471,36 @@ class Transformer(nn.Module):
     return self.init(key, jnp.zeros((1, 2), jnp.int32))['params']
 
 
-def head(params) -> jax.Array:
-  """The output head [V, D]: the embedding table where they are tied."""
-  table = params['head'] if 'head' in params else params['embedding']
-  return weights.dense(table)
+def head(params, dtype: Any = None) -> jax.Array:
+  """The output head [V, D]: the embedding table where they are tied.
+
+  Args:
+    params: of the network.
+    dtype: in which it is gathered, if it has to be; None: its own.
+  """
+  name = 'head' if 'head' in params else 'embedding'
+  return weights.dense(per_device.whole(name, params[name], dtype))
 
 
 def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
   """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
   if 'packed_head' in params:  # generate/packed.py
     result = params['packed_head'].product(hidden, jnp.float32)
-  else:
-    table = sharding.replicate_columns(head(params))
-    result = jnp.einsum(
-      '...D,VD->...V',
-      hidden,
-      table.astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return _capped(config, result)
+  return project(config, head(params, hidden.dtype), hidden)
+
+
+def project(config: Config, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+  """The same by a head that stands here whole."""
+  result = jnp.einsum(
+    '...D,VD->...V',
+    hidden,
+    sharding.replicate_columns(head_VD).astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  return _capped(config, result)
+
+
+def _capped(config: Config, logits: jax.Array) -> jax.Array:
   cap = config.logit_soft_cap
-  return cap * jnp.tanh(result / cap) if cap else result
+  return cap * jnp.tanh(logits / cap) if cap else logits

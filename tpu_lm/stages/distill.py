@@ -56,7 +56,7 @@ def make(
   def each(head_VD, hidden_BLD, targets_BL, weights_BL, *known):
     mask_BL = weights_BL > 0
     hidden_BLD = jnp.where(mask_BL[..., None], hidden_BLD, 0)
-    logits_BLV = transformer.logits(model.config, {'head': head_VD}, hidden_BLD)
+    logits_BLV = transformer.project(model.config, head_VD, hidden_BLD)
     logps_BL = divergences.picked_logps(logits_BLV, targets_BL)
     apart_BL = measure.between(known, logits_BLV, mask_BL)
     return apart_BL, jnp.where(mask_BL, -logps_BL, 0)

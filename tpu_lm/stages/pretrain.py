@@ -21,9 +21,10 @@ def make(model, start, *, z_loss: float = 0.0) -> Stage:
 
   def loss(params, batch, key):
     del key  # no dropout
+    hidden_BLD = hidden_states(model, params, batch)
     total, weight = cross_entropy.mean(
-      hidden_states(model, params, batch),
-      transformer.head(params),
+      hidden_BLD,
+      transformer.head(params, hidden_BLD.dtype),
       batch['tokens'][:, 1:],
       target_weights(batch),
       soft_cap=model.config.logit_soft_cap,

@@ -1,0 +1,194 @@
+"""Sums over a batch's rows, for which each device works on its own rows.
+
+Left to the partitioner, a fully sharded step waits: on a torus it turns the
+gradients of shared-out weights into all-reduces of whole weights, and gathers
+the head for every chunk of the loss. So the axes that share out rows are
+worked on by hand (`jax.shard_map`), as in ZeRO-3 (arXiv 1910.02054, section
+5.3): a weight is gathered, in the dtype of the matmuls, where a layer needs
+it, and what flows back is summed and scattered, ring by ring of the torus.
+`tensor` and `sequence` stay the partitioner's.
+
+Model code asks for its weights by `whole` and `looked_up`; outside of `summed`
+these return what they are given.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from tpu_lm import sharding
+
+# {path: per dimension the axes of the region that share it out}, while traced.
+_SHARED_OUT: contextvars.ContextVar[dict[str, tuple] | None]
+_SHARED_OUT = contextvars.ContextVar('shared_out', default=None)
+
+
+def summed(
+  function: Callable, params: Any, frozen: Any, batch: Any, key: jax.Array
+) -> tuple[Any, Any]:
+  """`function(params, frozen, batch, key)`, summed over rows.
+
+  Args:
+    function: returns (a tree like `params`, any tree), both sums over the rows
+      it is given; the first are gradients by `params`.
+    params: what is differentiated.
+    frozen: other parameters; paths of both are those of the whole network.
+    batch: columns whose first dimension is rows.
+    key: the same on all devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = sharding.row_axes(mesh)
+  if not axes:
+    return function(params, frozen, batch, key)
+  specs = sharding.specs_of(params, mesh, axes)
+  frozen_specs = sharding.specs_of(frozen, mesh, axes)
+  by_path = {
+    sharding.path_name(path): _dims(spec)
+    for tree in (specs, frozen_specs)
+    for path, spec in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+  def own(params, frozen, batch, key):
+    with _region(by_path):
+      grads, sums = function(params, frozen, batch, key)
+    # What is not shared out over an axis has its part of the sum on each.
+    grads = jax.tree.map(
+      lambda spec, x: _psum(x, [a for a in axes if a not in _names(spec)]),
+      specs,
+      grads,
+    )
+    return grads, jax.tree.map(lambda x: _psum(x, axes), sums)
+
+  return jax.shard_map(
+    own,
+    in_specs=(specs, frozen_specs, P(axes), P()),
+    out_specs=(specs, P()),
+    axis_names=set(axes),
+    check_vma=False,
+  )(params, frozen, batch, key)
+
+
+@contextlib.contextmanager
+def _region(by_path: dict[str, tuple]) -> Iterator[None]:
+  token = _SHARED_OUT.set(by_path)
+  try:
+    yield
+  finally:
+    _SHARED_OUT.reset(token)
+
+
+def _dims(spec: P) -> tuple[tuple[str, ...], ...]:
+  """(('fsdp',), ()) for P('fsdp', None)."""
+  return tuple(
+    entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    for entry in spec
+  )
+
+
+def _names(spec: P) -> set[str]:
+  return {axis for dim in _dims(spec) for axis in dim}
+
+
+def _psum(x: jax.Array, axes: list[str]) -> jax.Array:
+  return jax.lax.psum(x, tuple(axes)) if axes else x
+
+
+def largest(x: jax.Array) -> jax.Array:
+  """The largest `x` of all devices."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  return jax.lax.pmax(x, axes) if axes else x
+
+
+def is_inside() -> bool:
+  """Whether what is traced sees its own rows only."""
+  return _SHARED_OUT.get() is not None
+
+
+def whole(name: str, leaf: Any, dtype: Any = None) -> Any:
+  """A parameter that is shared out, gathered on every device.
+
+  Args:
+    name: its path; of a layer of a stack, that of the stack.
+    leaf: an array, or what a weight is made of (weights.py).
+    dtype: plain arrays are gathered in it; None: in their own.
+  """
+  by_path = _SHARED_OUT.get()
+  if by_path is None:
+    return leaf
+  is_plain = isinstance(leaf, jax.Array)
+
+  def gathered(path: tuple, x: jax.Array) -> jax.Array:
+    dims = by_path['/'.join((name, *filter(None, [sharding.path_name(path)])))]
+    dims = dims[len(dims) - x.ndim :] if len(dims) > x.ndim else dims
+    if dtype is not None and is_plain:
+      x = x.astype(dtype)
+    for dim, axes in enumerate(dims):
+      if axes:
+        x = _gathered(x, axes, dim)
+    return x
+
+  return jax.tree_util.tree_map_with_path(gathered, leaf)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
+  """The shards of `x` along `dim` put together."""
+  x_DX, rest = _matrix(x, dim)
+  return _unmatrix(jax.lax.all_gather(x_DX, axes, tiled=True), rest, dim)
+
+
+def _gathered_forward(x, axes, dim):
+  return _gathered(x, axes, dim), None
+
+
+def _gathered_backward(axes, dim, kept, grad):
+  del kept
+  grad_DX, rest = _matrix(grad, dim)
+  # One ring at a time: only so it becomes a reduce-scatter on a torus.
+  for axis in axes:
+    grad_DX = jax.lax.psum_scatter(grad_DX, axis, tiled=True)
+  return (_unmatrix(grad_DX, rest, dim),)
+
+
+def _matrix(x: jax.Array, dim: int) -> tuple[jax.Array, tuple[int, ...]]:
+  """[dim, all others], and the sizes of these.
+
+  Scattered along a dimension that lies within a TPU's tiles, a sum of a
+  gradient would be an all-reduce.
+  """
+  x = jnp.moveaxis(x, dim, 0)
+  return x.reshape(len(x), -1), x.shape[1:]
+
+
+def _unmatrix(x_DX: jax.Array, rest: tuple[int, ...], dim: int) -> jax.Array:
+  return jnp.moveaxis(x_DX.reshape(len(x_DX), *rest), 0, dim)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def looked_up(name: str, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+  """table_VD[ids], of a table whose columns may be shared out.
+
+  Ids travel, and what was found for them, not the table: each device looks up
+  its columns for the rows of all.
+
+  Args:
+    name: path of the table.
+    table_VD: in the dtype of the result.
+    ids: int [B, L].
+  """
+  axes = (_SHARED_OUT.get() or {}).get(name, ((), ()))[-1]
+  if not axes:
+    return sharding.replicate_columns(table_VD)[ids]
+  ids = jax.lax.all_gather(ids, axes, axis=0, tiled=True)
+  found = sharding.replicate_columns(table_VD)[ids]
+  return jax.lax.all_to_all(
+    found, axes, split_axis=0, concat_axis=found.ndim - 1, tiled=True
+  )
