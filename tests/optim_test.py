@@ -197,6 +197,9 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else(name):
     'layers/mlp/gate': ((1,), (2,)),
     'layers/mlp/up': ((1,), (2,)),
     'layers/mlp/down': ((1,), (2,)),
+    'layers/moe/gate': ((2,), (3,)),  # a matrix an expert
+    'layers/moe/up': ((2,), (3,)),
+    'layers/moe/down': ((2,), (3,)),
   }
   for path, axes in found.items():
     assert axes == expected.get(path), path

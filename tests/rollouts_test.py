@@ -385,6 +385,7 @@ KINDS = {
     'scale': 'none', 'aggregation': 'constant', 'length': 1,
   },
   'ppo': {'advantages': 2},
+  'experts': {'advantages': 1},
 }  # fmt: skip
 
 
@@ -396,7 +397,8 @@ def made(request):
   shape = batch['old_logps'].shape[: hparams.pop('advantages')]
   batch['advantages'] = rng.normal(size=shape).astype(np.float32)
   name = 'ppo' if request.param == 'ppo' else 'grpo'
-  model = tiny.model(scalar_head=name == 'ppo')
+  experts = tiny.MOE if request.param == 'experts' else {}
+  model = tiny.model(scalar_head=name == 'ppo', **experts)
   params = tiny.params(model)
   made = stage.make(name, model, lambda: params, hparams)
   return stage.Stage(made.loss), params, batch

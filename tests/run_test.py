@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -70,13 +69,17 @@ def lines(workdir):
   return [metrics.comparable(line) for line in found]
 
 
-def assert_alike(found, expected, ignored=''):
-  """Metrics whose numbers agree to 1e-5, and the rest exactly."""
+def assert_alike(found, expected):
+  """Metrics whose numbers agree to 1e-5, and the rest exactly.
+
+  The norm of gradients, a sum of squares of what has been rounded, to 1e-4.
+  """
   for a, b in zip(found, expected, strict=True):
     assert a.keys() == b.keys()
-    for key in a.keys() - {ignored}:
+    for key in a:
       exact = key == 'rows_crc' or isinstance(a[key], str)
-      wanted = b[key] if exact else pytest.approx(b[key], rel=1e-5)
+      rel = 1e-4 if key == 'gradient_norm' else 1e-5
+      wanted = b[key] if exact else pytest.approx(b[key], rel=rel)
       assert a[key] == wanted, (key, a, b)
 
 
@@ -397,32 +400,3 @@ def test_resumed_with_other_numbers_of_devices(
   status, _, err = finish(process)
   assert status == 0, err
   assert_alike(lines(workdir), lines(whole[0]))
-
-
-def free_port() -> int:
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    return s.getsockname()[1]
-
-
-@pytest.mark.slow
-def test_two_processes_of_two_devices_are_one_of_four(folder, whole, tmp_path):
-  workdir = tmp_path / 'w'
-  port = free_port()
-  processes = [
-    launched(RUN, command(
-      folder, workdir, '--devices=2', f'--coordinator=localhost:{port}',
-      '--processes=2', f'--process={i}', '--config.mesh.data=2',
-      '--config.mesh.fsdp=2',
-    ))
-    for i in range(2)
-  ]  # fmt: skip
-  try:
-    for process in processes:
-      status, _, err = finish(process)
-      assert status == 0, err[-3000:]
-  finally:
-    for process in processes:
-      process.kill()
-  # The rows of each process are half of those of the whole.
-  assert_alike(lines(workdir), lines(whole[0]), ignored='rows_crc')

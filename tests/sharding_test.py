@@ -96,6 +96,11 @@ EXPECTED = {
   'layers/mlp/gate': P(None, 'fsdp', 'tensor'),
   'layers/mlp/up': P(None, 'fsdp', 'tensor'),
   'layers/mlp/down': P(None, 'tensor', 'fsdp'),
+  'layers/moe/norm': P(),
+  'layers/moe/router': P(None, 'fsdp', None),
+  'layers/moe/gate': P(None, 'expert', 'fsdp', 'tensor'),
+  'layers/moe/up': P(None, 'expert', 'fsdp', 'tensor'),
+  'layers/moe/down': P(None, 'expert', 'tensor', 'fsdp'),
 }
 
 
@@ -197,6 +202,25 @@ def test_tensor_must_divide_heads_and_hidden_units():
   shapes = shapes_of('qwen3')  # two key-value heads
   with pytest.raises(UserError, match=r'mesh\.tensor=4: .* 2 .*attention/k'):
     sharding.shardings_of(shapes, tiny.mesh(tensor=4))
+
+
+def test_experts_share_out_what_is_not_theirs_like_fsdp():
+  shapes = shapes_of('mixtral', router_bias=True, shared_experts=1)
+  mesh = tiny.mesh(fsdp=2, expert=4)
+  found = named_specs(sharding.shardings_of(shapes, mesh))
+  both = ('fsdp', 'expert')
+  expected = {
+    'embedding': P('tensor', both),
+    'layers/attention/q': P(None, both, 'tensor', None),
+    'layers/moe/router': P(None, both, None),
+    'layers/moe/router_bias': P(),
+    'layers/moe/down': P(None, 'expert', 'tensor', 'fsdp'),
+    'layers/moe/shared_gate': P(None, both, 'tensor'),
+    'layers/moe/shared_down': P(None, 'tensor', both),
+  }
+  assert {path: found[path] for path in expected} == expected
+  with pytest.raises(UserError, match=r'mesh\.expert=3: .* 8 experts'):
+    sharding.spec_of('layers/moe/up', (2, 8, 6, 4), tiny.mesh(expert=3))
 
 
 @pytest.mark.parametrize('name', ['adamw', 'adafactor', 'lion', 'muon'])

@@ -30,6 +30,9 @@ BATCHES = {
 # What a stage needs beyond its defaults, and what else of it is looked at:
 # (stage, rows) -> [(hyper-parameters, options of the network)].
 VARIANTS = {
+  ('pretrain', 'text'): [({}, {}), ({}, tiny.MOE)],
+  ('sft', 'text'): [({}, {}), ({}, tiny.MOE)],
+  ('dpo', 'pairs'): [({}, {}), ({}, tiny.MOE)],
   ('reward', 'pairs'): [({'centring': 0.01}, {'scalar_head': True})],
   ('reward', 'scored'): [({'loss_type': 'mse'}, {'scalar_head': True})],
   ('distill', 'text'): [({}, {}), ({'top_k': 8, 'divergence': 'gjsd'}, {})],
@@ -56,6 +59,12 @@ def cases() -> list[tuple[str, str, int]]:
 
 
 CASES = cases()
+
+
+def has_experts(case) -> bool:
+  name, kind, number = case
+  variants = VARIANTS.get((name, kind), [({}, {})])
+  return 'num_experts' in variants[number][1]
 
 
 def label(value) -> str:
@@ -181,7 +190,7 @@ SPLITS = [
   for case in CASES
   for split in (
     [(m, d) for m in (1, 2, 4) for d in (1, 2, 8) if m * d > 1]
-    if case[0] == 'pretrain'
+    if case[0] == 'pretrain' and not has_experts(case)
     else [(4, 1), (1, 8), (4, 8)]
   )
 ]
@@ -229,6 +238,9 @@ def test_garbage_at_what_is_not_read_changes_not_one_bit(case):
     dirty = {k: v.copy() for k, v in clean.items()}
     dirty['tokens'][unread] = value
     loss, grads = gradient(stage_, params, dirty)
+    if has_experts(case):  # other neighbours: sums in another order
+      assert_close((loss, grads), expected)
+      continue
     assert loss == expected[0], value
     jax.tree.map(np.testing.assert_array_equal, grads, expected[1])
 

@@ -26,6 +26,8 @@ SHAPE = {
   'num_kv_heads': 2,
   'hidden_dim': 48,
 }
+# With experts, for presets that have none.
+MOE = {'num_experts': 4, 'experts_per_token': 2, 'expert_hidden_dim': 24}
 # Compiles twice as fast; the numbers are as exact, only later.
 jit = functools.partial(
   jax.jit, compiler_options={'xla_backend_optimization_level': 0}

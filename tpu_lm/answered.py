@@ -29,7 +29,7 @@ class Answers(NamedTuple):
     """With the answers of `other` where the mask says."""
     order = np.arange(len(where_N))
     order[where_N] = len(order) + np.arange(len(other.found))
-    scored = _joined([self.scored, other.scored])
+    scored = joined([self.scored, other.scored])
     lists = (a + b for a, b in zip(self[:3], other[:3], strict=True))
     return Answers(*lists, scored).taken(order)
 
@@ -83,7 +83,7 @@ class Started(NamedTuple):
 def gathered(parts: list[Started]) -> scoring.Scored:
   """Waits for all that has been started; in the order of the answers."""
   order = np.argsort(np.concatenate([part.numbers for part in parts]))
-  whole = _joined([part.futures[0].result() for part in parts])
+  whole = joined([part.futures[0].result() for part in parts])
   true = [f.result().total for part in parts for f in part.futures[1:]]
   if true:
     whole.values['true'] = np.concatenate(true)
@@ -99,8 +99,10 @@ def _taken(scored: scoring.Scored, order: Sequence[int]) -> scoring.Scored:
   )
 
 
-def _joined(parts: Sequence[scoring.Scored]) -> scoring.Scored:
-  """What has been scored in parts, one behind the other."""
+def joined(parts: Sequence[scoring.Scored]) -> scoring.Scored | None:
+  """What has been scored in parts, one behind the other; None of nothing."""
+  if len(parts) < 2:
+    return parts[0] if parts else None
 
   def each(get: Callable) -> dict[str, np.ndarray]:
     columns = [get(one) for one in parts]

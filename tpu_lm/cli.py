@@ -29,11 +29,13 @@ def train(args: argparse.Namespace, overrides: list) -> int:
   from tpu_lm import devices
 
   devices.set_up(args.devices)
-  devices.connect(args.coordinator, args.processes, args.process)
-  config = _config(args, overrides)
-  from tpu_lm import run
+  of = args.coordinator, args.processes, args.process
+  with devices.connected(*of):
+    config = _config(args, overrides)
+    from tpu_lm import goodput, run
 
-  run.execute(config, args.workdir)
+    began = goodput.process_start() if args.is_process else None
+    run.execute(config, args.workdir, began=began)
   return 0
 
 
@@ -186,6 +188,26 @@ def check(args: argparse.Namespace, overrides: list) -> int:
   return 0 if checking.check(config, args.workdir, args.rows) else 1
 
 
+def plan(args: argparse.Namespace, overrides: list) -> int:
+  """Says what a run would need and take on devices that are not here."""
+  from tpu_lm.plan import topology
+
+  topology.set_up()  # before JAX is imported
+  from tpu_lm import devices
+  from tpu_lm.plan import command
+
+  devices.set_up()
+  fits = command.plan(
+    args.config,
+    overrides,
+    [name for name in args.topology.split(',') if name],
+    to=args.to,
+    price=args.price,
+    tries=args.search,
+  )
+  return 0 if fits else 1
+
+
 def drill(args: argparse.Namespace, overrides: list) -> int:
   """Kills and resumes a run, and proves that the end is bit-identical."""
   config = _config(args, overrides)  # its mistakes are named before the wait
@@ -315,6 +337,7 @@ COMMANDS = {
       options.DEVICES,
     ],
   ),
+  'plan': (plan, [options.CONFIG, *options.PLAN]),
   'drill': (drill, [options.CONFIG, options.folder(None), options.KILLS]),
   'doctor': (doctor, []),
 }
@@ -360,7 +383,8 @@ def split_overrides(
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command; returns its exit status."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  is_process = argv is None  # else another program calls it
+  argv = list(sys.argv[1:] if is_process else argv)
   try:
     rest, overrides = split_overrides(argv)
     parser = make_parser()
@@ -377,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'{unknown[0]}: unknown option{nearest(unknown[0], known)}; see '
         f'`tpu_lm {args.command} --help`'
       )
+    args.is_process = is_process
     return args.function(args, overrides)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr, flush=True)

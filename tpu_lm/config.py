@@ -28,7 +28,15 @@ from tpu_lm.tokenizer import KINDS
 # `config`, a stage's `make`. They are checked against those signatures.
 OPEN_SECTIONS = ('model', 'stage')
 # Keys of `model` that say how it is computed, or what a stage adds to it.
-_HOW = ('dtype', 'remat', 'attention', 'unroll', 'max_length', 'scalar_head')
+_HOW = (
+  'dtype',
+  'loss_chunk',
+  'remat',
+  'attention',
+  'unroll',
+  'max_length',
+  'scalar_head',
+)
 
 
 def base() -> ConfigDict:
@@ -84,6 +92,7 @@ def base() -> ConfigDict:
         'eps': 1e-8,
         'momentum': 0.95,  # muon
         'rest_learning_rate': 0.0,  # muon: of AdamW's part; 0: the same
+        'balance_rate': 1e-3,  # of the bias of a router; see models/moe.py
         'clip': 1.0,  # global norm of the gradient; 0: no clipping
       },
       'guard': {
@@ -98,6 +107,7 @@ def base() -> ConfigDict:
         'sequence': 1,
         'expert': 1,
       },
+      'compiler': 'auto',  # groups of options of compiler.py; '': none
       'evals': ('bits_per_byte',),
       'platform': '',  # cpu, gpu or tpu: refuse any other; '': what there is
       'tensorboard': False,
@@ -105,6 +115,22 @@ def base() -> ConfigDict:
       'watchdog': 1800.0,  # seconds without a finished phase that end the run
     }
   )
+
+
+def tiny(config: ConfigDict) -> ConfigDict:
+  """The shape and schedule of a network that a laptop trains in minutes."""
+  config.steps = 300
+  config.batch_size = 16
+  config.data.length = 256
+  config.data.vocab_size = 1024
+  config.model.num_layers = 4
+  config.model.dim = 128
+  config.model.num_heads = 4
+  config.model.num_kv_heads = 2
+  config.model.hidden_dim = 384
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.warmup = 20
+  return config
 
 
 def split_spec(spec: str) -> tuple[pathlib.Path, str]:

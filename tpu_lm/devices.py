@@ -1,13 +1,21 @@
 """The devices that JAX sees, and the settings of JAX that every command has."""
 
+import contextlib
 import ctypes
 import os
 import pathlib
+import socket
+import time
+from collections.abc import Iterator
 
 import jax
+from jax._src import distributed
 
+from tpu_lm import peers
 from tpu_lm.errors import UserError
 
+_PATIENCE = 300  # seconds in which all processes must have been started
+_HEARTBEAT = 40  # seconds without one, after which a process counts as dead
 PLATFORMS = ('cpu', 'gpu', 'tpu')
 # Numbers of <malloc.h>: (option, value).
 _MALLOPT = {
@@ -64,10 +72,14 @@ def set_up(num_cpu_devices: int = 0) -> None:
     jax.config.update('jax_num_cpu_devices', num_cpu_devices)
 
 
-def connect(coordinator: str, num_processes: int, process: int) -> None:
+@contextlib.contextmanager
+def connected(
+  coordinator: str, num_processes: int, process: int
+) -> Iterator[None]:
   """Joins the processes of a run that spans several; none: stays alone.
 
-  On Cloud TPU the three are found by JAX itself: `coordinator='auto'`.
+  On Cloud TPU the three are found by JAX itself: `coordinator='auto'`. When
+  one process ends before its time, all do, and tell which it was (peers.py).
 
   Raises:
     UserError: the three do not go together.
@@ -76,14 +88,70 @@ def connect(coordinator: str, num_processes: int, process: int) -> None:
     raise UserError(
       f'--processes={num_processes}: give --coordinator=HOST:PORT, too'
     )
-  if process >= num_processes:
+  if process >= num_processes and coordinator != 'auto':
     raise UserError(
       f'--process={process}: must be below --processes={num_processes}'
     )
-  if coordinator == 'auto':
-    jax.distributed.initialize()
-  elif coordinator:
-    jax.distributed.initialize(coordinator, num_processes, process)
+  if not coordinator:
+    yield
+    return
+  others = _joined(coordinator, num_processes, process)
+  try:
+    yield
+  except BaseException as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      others.wait()  # a collective fails when another process is gone
+    others.close(str(error).strip().split('\n')[0] or type(error).__name__)
+    raise
+  others.close()
+  jax.distributed.shutdown()
+
+
+def _joined(coordinator: str, num_processes: int, process: int) -> peers.Peers:
+  known = {}
+  if coordinator != 'auto':
+    if process:
+      _meet(coordinator)
+    known = {
+      'coordinator_address': coordinator,
+      'num_processes': num_processes,
+      'process_id': process,
+    }
+  try:
+    jax.distributed.initialize(
+      **known,
+      heartbeat_timeout_seconds=_HEARTBEAT,
+      shutdown_timeout_seconds=_HEARTBEAT,
+    )
+  except (RuntimeError, ValueError) as error:
+    said = str(error).strip().split('\n')[0]
+    raise UserError(
+      f'--coordinator={coordinator}: the {num_processes} processes did not '
+      f'meet ({said}); start all of them, with the same HOST:PORT of process 0'
+    ) from error
+  # JAX has no public name for the store in which its processes meet.
+  state = distributed.global_state
+  host = state.coordinator_address.rpartition(':')[0].strip('[]')
+  return peers.Peers(state.client, host, state.num_processes, state.process_id)
+
+
+def _meet(coordinator: str) -> None:
+  """Waits for process 0, since JAX aborts where it does not come."""
+  host, _, port = coordinator.rpartition(':')
+  if not (host and port.isdecimal()):
+    raise UserError(f'--coordinator={coordinator}: must be HOST:PORT, or auto')
+  due = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), 10).close()
+      return
+    except OSError as error:
+      if time.monotonic() > due:
+        raise UserError(
+          f'--coordinator={coordinator}: process 0 does not answer there after '
+          f'{_PATIENCE} s ({error}); start it too, and name its HOST:PORT'
+        ) from error
+    time.sleep(0.2)
 
 
 def require(platform: str) -> None:

@@ -81,6 +81,10 @@ def matmul_parameters(config: 'Config') -> int:
   heads = 2 * config.num_heads + 2 * config.kv_heads  # q and o, k and v
   attention = config.dim * config.head_size * heads
   feed_forward = 3 * config.dim * config.hidden_dim
+  if config.num_experts:  # those that a token goes through, and the router
+    active = config.experts_per_token + config.shared_experts
+    feed_forward = 3 * config.dim * config.expert_size * active
+    feed_forward += config.dim * config.num_experts
   head = config.dim * config.vocab_size
   return config.num_layers * (attention + feed_forward) + head
 

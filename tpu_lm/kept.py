@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_lm import start, weights, workdir
+from tpu_lm import processes, start, weights, workdir
 from tpu_lm.errors import UserError
 
 
@@ -66,13 +66,9 @@ def visited(
   """
   if not run.stage.kept:
     return Kept()
-  if jax.process_count() > 1:
-    raise UserError(
-      f'stage_name={run.config.stage_name}: several processes cannot keep '
-      'columns yet; set --config.stage.on_the_fly=true'
-    )
   folder = run.workdir / 'kept' / f'{split}-{loader.manifest.fingerprint[:12]}'
   _open(folder, _about(run), loader.num_rows)
+  processes.barrier('kept columns')
   done = np.lib.format.open_memmap(folder / 'done.npy', 'r+')
   missing = _numbers(loader, num_batches)
   missing = missing[~done[missing]]
@@ -106,7 +102,8 @@ def _numbers(loader: Any, num_batches: int) -> np.ndarray:
   """The rows of these batches, sorted; all, where most are likely seen."""
   if num_batches * loader.batch_size >= 2 * loader.num_rows:
     return np.arange(loader.num_rows)
-  batches = [loader.row_numbers(step) for step in range(num_batches)]
+  steps = range(num_batches)
+  batches = [loader.row_numbers(step, whole=True) for step in steps]
   numbers = np.unique(np.concatenate(batches))
   return numbers[numbers >= 0]
 
@@ -115,6 +112,8 @@ def _open(folder: pathlib.Path, about: dict, num_rows: int) -> None:
   """Makes the folder, or refuses one that was computed with another base."""
   path = folder / 'meta.json'
   if not path.is_file():
+    if jax.process_index():
+      return
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / 'done.npy', np.zeros(num_rows, bool))
     workdir.write_json(path, about)
@@ -135,17 +134,23 @@ def _compute(run, loader, folder, done, missing) -> None:
     numbers = np.full(size, -1)
     chunk = missing[first : first + size]
     numbers[: len(chunk)] = chunk
-    batch = run.put(loader.rows_at(numbers))
+    rows = processes.own_rows({'row': numbers}, run.mesh)['row']
+    batch = run.put(loader.rows_at(rows))
     (part,) = stage.prepare(params, batch, run.root)
     for name in stage.kept:
-      rows = np.asarray(part[name])[: len(chunk)]
+      rows = processes.whole(part[name])[: len(chunk)]
+      if jax.process_index():
+        continue  # process 0 writes, the others have only helped
       if name not in arrays:
         arrays[name] = _array(folder / f'{name}.npy', len(done), rows)
       arrays[name][chunk] = rows
   for array in arrays.values():
     array.flush()
-  done[missing] = True
-  done.flush()
+  processes.barrier('kept columns are computed')
+  if not jax.process_index():
+    done[missing] = True
+    done.flush()
+  processes.barrier('kept columns are written')
 
 
 def _array(path: pathlib.Path, num_rows: int, like: np.ndarray) -> np.ndarray:

@@ -11,7 +11,9 @@ One JSON object a line, in the order of training. A line of the split `train`:
   seconds              wall time of the run, over all its processes in turn
   time_left            seconds, at the recent speed
 
-Lines of other splits hold step, stage, split, the values and seconds. Numbers
+Lines of other splits hold step, stage, split, the values and seconds; those of
+the split `goodput` tell where the time went (goodput.py), and are read by
+`ledger` alone, since they depend on the clock. Numbers
 are written in full, so that runs compare bit for bit; those that depend on the
 clock are named in TIMING_KEYS. A value that is not finite is written as null
 and its name is listed under `nonfinite`: the file is strict JSON.
@@ -43,6 +45,7 @@ TIMING_KEYS = frozenset(
     'time_left',
   }
 )
+LEDGER = 'goodput'  # the split of the lines that tell where time went
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -52,13 +55,32 @@ def comparable(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the lines of a metrics.jsonl, oldest first.
+  """Returns the lines of a metrics.jsonl but those of `ledger`, oldest first.
 
   A last line torn by a kill is left out.
 
   Raises:
     UserError: another line is no JSON object with a step and a split.
   """
+  return [line for line in _lines(path) if line['split'] != LEDGER]
+
+
+def ledger(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the lines that tell where time went; none where no file is.
+
+  Raises:
+    UserError: as `read`.
+  """
+  if not pathlib.Path(path).is_file():
+    return []
+  return [
+    line
+    for line in _lines(path)
+    if line['split'] == LEDGER and isinstance(line.get('parts'), dict)
+  ]
+
+
+def _lines(path: str | os.PathLike) -> list[dict[str, Any]]:
   parts = pathlib.Path(path).read_bytes().split(b'\n')
   lines = []
   for number, text in enumerate(parts, 1):
@@ -159,7 +181,7 @@ class Writer:
       self._path.parent.mkdir(parents=True, exist_ok=True)
     if not self._path.exists():
       return []
-    lines = [line for line in read(self._path) if line['step'] <= resume_step]
+    lines = [line for line in _lines(self._path) if line['step'] <= resume_step]
     text = b''.join(map(_encode, lines))
     if self._writes and text != self._path.read_bytes():
       temporary = self._path.with_suffix('.jsonl.tmp')
@@ -204,16 +226,21 @@ class Writer:
     if not self._writes:
       return
     numbers = {name: _number(value) for name, value in values.items()}
-    line = {'step': step, 'stage': self._stage, 'split': split, **numbers}
-    line |= self._timing(step, split)
+    line = self.add(step, split, numbers | self._timing(step, split))
+    if self._board:
+      self._summarise(step, split, line)
+    self._show(line)
+
+  def add(self, step: int, split: str, values: dict[str, Any]) -> dict:
+    """Appends a line, whatever is there already; returns it."""
+    line = {'step': step, 'stage': self._stage, 'split': split, **values}
     nonfinite = [k for k, v in line.items() if _is_nonfinite(v)]
     if nonfinite:
       line |= dict.fromkeys(nonfinite)
       line['nonfinite'] = nonfinite
-    self._append(_encode(line))
-    if self._board:
-      self._summarise(step, split, line)
-    self._show(line)
+    if self._writes:
+      self._append(_encode(line))
+    return line
 
   def _timing(self, step: int, split: str) -> dict[str, Any]:
     now = time.perf_counter()

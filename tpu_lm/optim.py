@@ -9,6 +9,10 @@
 Weight decay is decoupled and scaled by the learning rate in all four; paths
 that match `no_decay` are left out, and so is all that Muon leaves to AdamW.
 Gradient clipping is done by the loop, which knows the norm already.
+
+The bias of a router (models/moe.py) has no gradient of the loss, but how much
+more than the mean its expert had to do. It moves by `balance_rate` against the
+sign of that (arXiv 2408.15664, algorithm 1), and no optimizer sees it.
 """
 
 import math
@@ -16,6 +20,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -23,11 +28,15 @@ from tpu_lm import sharding
 from tpu_lm.errors import UserError, nearest
 from tpu_lm.sharding import path_name
 
+_STEERED = re.compile(r'(^|/)router_bias$')
+
 
 def _check(options: Any, steps: int) -> None:
   """Refuses values that no optimizer can mean."""
   positive = ('learning_rate', 'eps')
-  not_negative = ('warmup', 'weight_decay', 'clip', 'rest_learning_rate')
+  not_negative = (
+    'warmup', 'weight_decay', 'clip', 'rest_learning_rate', 'balance_rate',
+  )  # fmt: skip
   shares = ('final', 'decay')
   averages = ('b1', 'b2', 'momentum')
   for key, value in options.items():
@@ -85,11 +94,51 @@ def make_schedule(options: Any, steps: int, peak: float) -> optax.Schedule:
   return optax.join_schedules([ramp, after[options.schedule]], [options.warmup])
 
 
+def norm(grads: Any) -> jax.Array:
+  """The global norm of what is a gradient of the loss."""
+  return optax.tree.norm(_cut(grads, False))
+
+
+def _cut(tree: Any, steered: bool) -> Any:
+  """Of a tree the biases of routers, or all but these; None for the others."""
+
+  def kept(path: tuple, leaf: Any) -> Any:
+    return leaf if bool(_STEERED.search(path_name(path))) == steered else None
+
+  return jax.tree_util.tree_map_with_path(kept, tree)
+
+
+def _steering(
+  made: optax.GradientTransformation, rate: float
+) -> optax.GradientTransformation:
+  """`made` for all but the biases of routers; see the module."""
+
+  def init(params):
+    return made.init(_cut(params, False))
+
+  def update(grads, state, params):
+    rest = _cut(params, False)
+    moved, state = made.update(_cut(grads, False), state, rest)
+    steered = jax.tree.map(lambda g: -rate * jnp.sign(g), _cut(grads, True))
+    # Two trees of one structure; where one has a leaf the other has None.
+    updates = jax.tree.map(
+      lambda a, b: b if a is None else a,
+      moved,
+      steered,
+      is_leaf=lambda leaf: leaf is None,
+    )
+    return updates, state
+
+  return optax.GradientTransformation(init, update)
+
+
 def muon_axes(params: Any) -> Any:
   """For each parameter its matrix axes under Muon, or None for AdamW."""
 
   def axes(path, leaf):
     name = path_name(path).removesuffix('/base')
+    if sharding.EXPERTS.search(name):  # N E: as many matrices
+      return contrib.MuonDimensionNumbers((2,), (3,))
     inputs = sharding.num_inputs(name)
     if not inputs:  # LoRA's factors, too: their product is the matrix
       return None
@@ -162,4 +211,4 @@ def make(
       f'optimizer.name={options.name!r}: unknown'
       f'{nearest(options.name, names)}; there are {", ".join(names)}'
     )
-  return made, schedule
+  return _steering(made, options.balance_rate), schedule

@@ -126,6 +126,30 @@ SPEED = (
     '--ahead', 'tokens that a draft guesses', type=number(int, 1), default=4
   ),
 )
+PLAN = (
+  option(
+    '--topology',
+    'v5e-256, 2xv5e-256 (two slices), v5p-128, v5e:4x4, h100-8; several with '
+    'commas',
+    required=True,
+  ),
+  option(
+    '--search',
+    'compile so many of the most promising meshes, microbatches and remat '
+    'policies; 0: only what the configuration says',
+    type=number(int, 0),
+    default=0,
+    nargs='?',
+    const=4,
+  ),
+  option(
+    '--price', 'of a chip for an hour', type=number(float, 0), default=0.0
+  ),
+  option(
+    '--to', 'a folder; by default beside the configuration', type=path,
+    default=None,
+  ),
+)
 ROWS = option('--rows', 'shown of the batch', type=number(int, 1), default=2)
 KILLS = option(
   '--kills',

@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
-from tpu_lm import sharding
+from tpu_lm import sharding, target
 
 # {path: per dimension the axes of the region that share it out}, while traced.
 _SHARED_OUT: contextvars.ContextVar[dict[str, tuple] | None]
@@ -105,18 +106,27 @@ def largest(x: jax.Array) -> jax.Array:
   return jax.lax.pmax(x, axes) if axes else x
 
 
+def total(x: jax.Array) -> jax.Array:
+  """The sum of `x` over all devices' rows; not to be differentiated."""
+  axes = jax.sharding.get_abstract_mesh().manual_axes
+  return jax.lax.psum(x, axes) if axes else x
+
+
 def is_inside() -> bool:
   """Whether what is traced sees its own rows only."""
   return _SHARED_OUT.get() is not None
 
 
-def whole(name: str, leaf: Any, dtype: Any = None) -> Any:
+def whole(
+  name: str, leaf: Any, dtype: Any = None, keep: tuple[str, ...] = ()
+) -> Any:
   """A parameter that is shared out, gathered on every device.
 
   Args:
     name: its path; of a layer of a stack, that of the stack.
     leaf: an array, or what a weight is made of (weights.py).
     dtype: plain arrays are gathered in it; None: in their own.
+    keep: axes that go on sharing it out.
   """
   by_path = _SHARED_OUT.get()
   if by_path is None:
@@ -129,11 +139,34 @@ def whole(name: str, leaf: Any, dtype: Any = None) -> Any:
     if dtype is not None and is_plain:
       x = x.astype(dtype)
     for dim, axes in enumerate(dims):
-      if axes:
+      if axes and not set(axes) <= set(keep):
         x = _gathered(x, axes, dim)
     return x
 
   return jax.tree_util.tree_map_with_path(gathered, leaf)
+
+
+def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
+  """Matrices of the same inputs as one, [inputs, outputs of all], gathered.
+
+  Small collectives wait longest; one for all is large. None where it cannot
+  be: outside, for weights that are no arrays, or with outputs shared out.
+
+  Args:
+    names: their paths.
+    leaves: [D, …], D shared out.
+    dtype: in which they are gathered.
+  """
+  by_path = _SHARED_OUT.get()
+  free = sharding.free_axes(jax.sharding.get_abstract_mesh())
+  plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
+  if by_path is None or not plain or free.get('tensor', 1) > 1:
+    return None
+  dims = {by_path[name][-leaf.ndim :][0] for name, leaf in zip(names, leaves)}
+  if len(dims) > 1 or not (axes := dims.pop()):
+    return None
+  parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
+  return _gathered(jnp.concatenate(parts, axis=1), axes, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -152,6 +185,7 @@ def _gathered_backward(axes, dim, kept, grad):
   grad_DX, rest = _matrix(grad, dim)
   # One ring at a time: only so it becomes a reduce-scatter on a torus.
   for axis in axes:
+    grad_DX = _rows_apart(grad_DX)
     grad_DX = jax.lax.psum_scatter(grad_DX, axis, tiled=True)
   return (_unmatrix(grad_DX, rest, dim),)
 
@@ -164,6 +198,13 @@ def _matrix(x: jax.Array, dim: int) -> tuple[jax.Array, tuple[int, ...]]:
   """
   x = jnp.moveaxis(x, dim, 0)
   return x.reshape(len(x), -1), x.shape[1:]
+
+
+def _rows_apart(x_DX: jax.Array) -> jax.Array:
+  """The same, with rows that lie one after the other in a TPU's memory."""
+  if target.platform() != 'tpu':
+    return x_DX
+  return with_layout_constraint(x_DX, Layout(major_to_minor=(0, 1)))
 
 
 def _unmatrix(x_DX: jax.Array, rest: tuple[int, ...], dim: int) -> jax.Array:

@@ -31,7 +31,10 @@ class Phases:
   """Phases of one run. Use from the main thread; `install` is optional."""
 
   def __init__(
-    self, grace_seconds: float = 4.0, watchdog_seconds: float = 1800.0
+    self,
+    grace_seconds: float = 4.0,
+    watchdog_seconds: float = 1800.0,
+    alone: bool = True,
   ):
     """Starts the clock, and the watchdog where one is wanted.
 
@@ -40,12 +43,15 @@ class Phases:
         a boundary before the watcher saves in its stead.
       watchdog_seconds: the run is ended when no phase begins or ends for so
         long; 0 for never.
+      alone: whether this process may save by itself. One of several may not:
+        it stops where all of them do.
     """
     self.seconds: dict[str, float] = {}  # per phase, nested phases taken out
     self.signal_name = ''  # of the signal that asked to stop
-    self._grace = grace_seconds
+    self._grace, self._alone = grace_seconds, alone
     self._stack: list[str] = []
     self._mark = time.monotonic()  # since when the innermost phase is charged
+    self._clock = threading.Lock()  # of the three above
     self._beat = time.monotonic()
     self._main = threading.get_ident()
     self._stop = threading.Event()
@@ -68,14 +74,31 @@ class Phases:
   @contextlib.contextmanager
   def __call__(self, name: str) -> Iterator[None]:
     """Charges the time inside to a phase; phases may be nested."""
-    self._charge()
-    self._stack.append(name)
+    self._charge(lambda: self._stack.append(name))
     try:
       kill_point(name)
       yield
     finally:
-      self._charge()
-      self._stack.pop()
+      self._charge(self._stack.pop)
+
+  def spent(self, now: float) -> dict[str, float]:
+    """`seconds` with those of the phase under way, up to `now` (monotonic)."""
+    with self._clock:
+      found = dict(self.seconds)
+      if self._stack:
+        name = self._stack[-1]
+        found[name] = found.get(name, 0.0) + max(now - self._mark, 0.0)
+    return found
+
+  def move(self, seconds: float, to: str) -> None:
+    """Charges what has passed just now to another phase than the current."""
+    if threading.get_ident() != self._main:
+      return  # beside the main thread, whose time is what is charged
+    self._charge()
+    with self._clock:
+      if self._stack:
+        self.seconds[self._stack[-1]] -= seconds
+      self.seconds[to] = self.seconds.get(to, 0.0) + seconds
 
   @property
   def current(self) -> str:
@@ -150,13 +173,16 @@ class Phases:
   def __exit__(self, *_: Any) -> None:
     self.close()
 
-  def _charge(self) -> None:
-    now = time.monotonic()
-    if self._stack:
-      name = self._stack[-1]
-      spent = self.seconds.get(name, 0.0)
-      self.seconds[name] = spent + now - self._mark
-    self._mark = self._beat = now
+  def _charge(self, change: Callable[[], Any] = lambda: None) -> None:
+    """Charges the innermost phase up to now, before it changes."""
+    with self._clock:
+      now = time.monotonic()
+      if self._stack:
+        name = self._stack[-1]
+        spent = self.seconds.get(name, 0.0)
+        self.seconds[name] = spent + now - self._mark
+      self._mark = self._beat = now
+      change()
 
   def _watch_signals(self) -> None:
     assert self._sockets is not None
@@ -184,6 +210,9 @@ class Phases:
       if self._seen.is_set() or self._ended.is_set():
         return
       where = f'stopped by {self.signal_name} while in {self.current}'
+      if not self._alone:
+        print(f'{where}: waiting for the others', file=sys.stderr, flush=True)
+        return
       if self._save is None:
         _end(f'{where}: nothing to save yet', 0)
       try:

@@ -96,6 +96,6 @@ def heldout(of: Any, rows: pathlib.Path) -> tuple[loader.Loader, int]:
   """
   config = copy.deepcopy(of.config)
   config.batch_size //= config.microbatches
-  found = run.open_rows(config, rows, 'heldout', of.model)
+  found = run.open_rows(config, rows, 'heldout', of.model, of.mesh)
   wanted = config.eval_rows or found.num_rows
   return found, min(-(-wanted // found.batch_size), found.num_batches)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpu_lm import advantages, meters, scoring, sharding, stage
-from tpu_lm.answered import Answers, Started, gathered
+from tpu_lm import advantages, meters, processes, scoring, sharding, stage
+from tpu_lm.answered import Answers, Started, gathered, joined
 from tpu_lm.data import answer_rows, chat, loader, prompts
 from tpu_lm.generate import batching
 from tpu_lm.generate.sampler import Sampler
@@ -162,19 +162,21 @@ class Rollouts:
       UserError: the sampler is not the trainer's policy (`how.max_gap`), or
         too many answers could not be judged.
     """
-    numbers = np.asarray(jax.device_get(batch['row']))
-    found = self._answered(params, numbers, key, how)
+    numbers = processes.whole(batch['row'])
+    mine = processes.local(params, self.mesh)
+    found = self._answered(mine, numbers, key, how)
     for again in range(how.resample if found.scored else 0):
       dead = advantages.equal_groups(_by_group(found.scored.total, how))
       if not dead.any():
         break
       fresh = jax.random.fold_in(key, again)
       drawn = jax.random.randint(fresh, dead.shape, 0, len(self.prompts))
-      other = self._answered(params, np.asarray(drawn)[dead], fresh, how)
+      other = self._answered(mine, np.asarray(drawn)[dead], fresh, how)
       found = found.replaced(other, np.repeat(dead, how.group))
     if together > 1:
       found = found.evened(how.group, together)
-    self._write(int(jax.device_get(batch['step'])[0]), found)
+    del mine  # before the forward passes: memory
+    self._write(int(processes.whole(batch['step'])[0]), found)
     columns = self._columns(found, how, together)
     rewards = np.zeros(len(found.found))
     figures = meters.of_answers(found.found)
@@ -194,7 +196,8 @@ class Rollouts:
     self, params: Any, numbers: np.ndarray, key: jax.Array, how: Sampling
   ) -> scoring.Scored:
     """The rewards of `how.group` answers to each of these prompts."""
-    return self._answered(params, numbers, key, how).scored
+    mine = processes.local(params, self.mesh)
+    return self._answered(mine, numbers, key, how).scored
 
   def logps(self, params: Any, columns: dict, how: Sampling) -> np.ndarray:
     """Float32 [B, L]: of the targets, at the temperature of the sampling."""
@@ -206,7 +209,7 @@ class Rollouts:
     size = -(-len(columns['tokens']) // self._microbatches)
     size = -(-size // self._shards) * self._shards
     parts = [
-      jax.device_get(function(params, self._put(part)))
+      processes.whole(function(params, self._put(part)))
       for part in _cut(columns, size)
     ]
     count = len(columns['tokens'])
@@ -248,47 +251,69 @@ class Rollouts:
     return sharding.num_batch_shards(self.mesh)
 
   def _put(self, rows: dict) -> dict:
-    return sharding.put_batch(rows, self.mesh)
+    return sharding.put_batch(processes.own_rows(rows, self.mesh), self.mesh)
 
   def _token_logps(self, params, rows, *, temperature):
     return stage.token_logps(self.model, params, rows, temperature)[0]
 
   def _answered(
-    self, params: Any, numbers: np.ndarray, key: jax.Array, how: Sampling
+    self, mine: tuple[Any, Any], numbers: np.ndarray, key: jax.Array, how
   ) -> Answers:
-    """Answers to the records of these numbers, scored as groups finish."""
+    """Answers to the records of these numbers, scored as groups finish.
+
+    Each process answers its share of them, and has those of all in the end.
+
+    Args:
+      mine: parameters and mesh, of `processes.local`.
+      numbers: the same in every process.
+      key: of all that is drawn.
+      how: the keys of the stage.
+    """
     asked = [self.prompts[int(n)] for n in numbers]
     ids = [self.template.prompt(one.messages, one.tools) for one in asked]
     asked = [one for one in asked for _ in range(how.group)]
-    with self._phases('generate'):
-      completions = batching.completed(
-        self.model,
-        params,
-        ids,
-        how.max_new_tokens,
-        Sampler(temperature=how.temperature),
-        self.stop_ids,
-        seed=int(jax.random.bits(key)),
-        copies=how.group,
-        slots=how.slots,
-      )
-      found: list[Any] = [None] * len(asked)
-      missing = np.full(len(numbers), how.group)
-      ready, started = [], []
-      for number, one in completions:
-        found[number] = one
-        missing[number // how.group] -= 1
-        if how.reward and not missing[number // how.group]:
-          first = number - number % how.group
-          ready += range(first, first + how.group)
-          if len(ready) >= _AT_ONCE or not missing.any():
-            started.append(self._started(ready, asked, found, how))
-            ready = []
+    seed, span = int(jax.random.bits(key)), processes.span(len(numbers))
+    with self._phases('generate'), jax.set_mesh(mine[1]):
+      found, started = self._own(mine[0], ids, asked, span, seed, how)
     with self._phases('reward'):
       scored = gathered(started) if started else None
-    return Answers(
-      asked, [one for one in ids for _ in range(how.group)], found, scored
+    parts = processes.gathered((found, scored))
+    found = [one for part, _ in parts for one in part]
+    scored = joined([part for _, part in parts if part])
+    ids = [one for one in ids for _ in range(how.group)]
+    return Answers(asked, ids, found, scored)
+
+  def _own(
+    self, params, ids, asked, span: range, seed: int, how: Sampling
+  ) -> tuple[list, list[Started]]:
+    """The answers to the prompts of a span, and the scores begun of them."""
+    first = span.start * how.group  # of the answers: each draws as if alone
+    asked = asked[first : span.stop * how.group]
+    completions = batching.completed(
+      self.model,
+      params,
+      ids[span.start : span.stop],
+      how.max_new_tokens,
+      Sampler(temperature=how.temperature),
+      self.stop_ids,
+      seed=seed,
+      sequence_ids=range(first, first + len(asked)),
+      copies=how.group,
+      slots=how.slots,
     )
+    found: list[Any] = [None] * len(asked)
+    missing = np.full(len(span), how.group)
+    ready, started = [], []
+    for number, one in completions:
+      found[number] = one
+      missing[number // how.group] -= 1
+      if how.reward and not missing[number // how.group]:
+        begin = number - number % how.group
+        ready += range(begin, begin + how.group)
+        if len(ready) >= _AT_ONCE or not missing.any():
+          started.append(self._started(ready, asked, found, how))
+          ready = []
+    return found, started
 
   def _started(self, numbers, asked, found, how: Sampling) -> Started:
     """Begins to score the answers of these numbers, in other threads."""

@@ -5,30 +5,30 @@ holds what the loop does between steps.
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from tpu_lm import (
   checkpoint,
+  compiler,
   devices,
   flops,
+  goodput,
   kept,
   metrics,
   mistakes,
   models,
   optim,
+  processes,
   rollouts,
   sharding,
   stage,
@@ -37,7 +37,6 @@ from tpu_lm import (
   train,
   weights,
 )
-from tpu_lm import config as configs
 from tpu_lm import (
   workdir as workdirs,
 )
@@ -45,12 +44,6 @@ from tpu_lm.data import chat, loader, prepare
 from tpu_lm.errors import UserError
 from tpu_lm.phases import Phases
 
-# Keys whose change makes another run of it: its state cannot be continued.
-_FIXED = (
-  'seed', 'data.length', 'data.rows', 'model', 'stage', 'init_from',
-  'transforms', 'trainable', 'optimizer.name',
-)  # fmt: skip
-_FREE = ('model.attention', 'model.remat', 'model.unroll')  # how, not what
 _TRACED = (5, 10)  # steps after the start between which a profile is traced
 
 
@@ -63,8 +56,10 @@ class Run:
     workdir: pathlib.Path,
     phases: Phases,
     report: Callable[[str], None] = print,
+    ledger: goodput.Ledger | None = None,
   ):
     self.config, self.workdir, self.phases = config, workdir, phases
+    self.ledger = ledger or goodput.Ledger(workdir, phases, writes=False)
     self.mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(
       self.mesh, config.batch_size, config.microbatches, config.data.length
@@ -75,7 +70,7 @@ class Run:
     self.tx, self.schedule = optim.make(
       config.optimizer, config.steps, how.num_updates if how else 1
     )
-    self._check_workdir()
+    mistakes.check_workdir(config, workdir)
     rows = prepared(config, workdir, phases, report)
     self.tokenizer = tokenizer.load(rows)
     if config.stage.get('teacher'):
@@ -87,7 +82,7 @@ class Run:
       self.tokenizer.vocab_size,
       config.data.length,
     )
-    self.loader = open_rows(config, rows, 'train', self.model)
+    self.loader = open_rows(config, rows, 'train', self.model, self.mesh)
     if self.loader.num_rows < config.batch_size:
       report(
         f'note: {self.loader.num_rows} training rows are fewer than a batch of '
@@ -101,18 +96,13 @@ class Run:
       self.first_step, self.state, self.frozen = self._start(report)
       self.stage = self.make_stage()
     self._describe()
-    self.update = jax.jit(
-      train.make_update(
-        self.stage.loss,
-        self.tx,
-        self.schedule,
-        microbatches=config.microbatches,
-        clip=config.optimizer.clip,
-        spike_factor=config.guard.spike_factor,
-      ),
-      donate_argnums=0,
-      # XLA would be free to lay the new state out in another way.
-      out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), None),
+    self.update = train.jitted(
+      self.stage.loss,
+      self.tx,
+      self.schedule,
+      config,
+      self.state,
+      compiler.options(config.compiler, self.mesh.devices.flat[0]),
     )
     with jax.set_mesh(self.mesh):
       self.kept = kept.visited(self, self.loader, 'train', config.steps, report)
@@ -126,6 +116,7 @@ class Run:
     config = self.config
     # A stage that samples trains on what it has answered.
     tokens = 0 if self.sampler else config.batch_size * config.data.length
+    self.ledger.resume(self.first_step)
     a_token = flops.train_per_token(self.model.config, config.data.length)
     self.writer = metrics.Writer(
       self.workdir,
@@ -137,23 +128,6 @@ class Run:
       tensorboard=config.tensorboard,
       process_index=jax.process_index(),
     )
-
-  def _check_workdir(self) -> None:
-    """Refuses a directory of another run."""
-    path = self.workdir / 'config.json'
-    folder = self.workdir / 'checkpoints'
-    saved = checkpoint.Checkpoints(folder, read_only=True).steps()
-    if not (path.exists() and saved):
-      return
-    old, new = _resolved(configs.read(path)), _resolved(self.config)
-    # Sections last: another family is named, not what it changes.
-    for key in sorted(old.keys() | new.keys(), key=lambda k: ('.' in k, k)):
-      before, now = old.get(key), new.get(key)
-      if before != now and key.startswith(_FIXED) and key not in _FREE:
-        raise UserError(
-          f'{self.workdir}: was made with {key}={before!r}, not {now!r}; '
-          f'give another --workdir, or the same {key}'
-        )
 
   def _describe(self) -> None:
     """Writes what the directory is of, now that nothing speaks against it."""
@@ -179,10 +153,10 @@ class Run:
     try:
       restored = self.checkpoints.restore(target)
     except UserError as error:  # arrays of another shape: why?
-      self._refuse_other_data(error)
+      mistakes.check_data(config, self.workdir, error)
       raise
     if restored is None:
-      self._refuse_only_damaged()
+      mistakes.check_damaged(self.workdir)
       begun = self._begun(None, report)
       self.base = begun.base
       trainable, frozen = self._split(begun.params)
@@ -190,7 +164,7 @@ class Run:
       begin = jax.jit(begin, out_shardings=places, donate_argnums=0)
       return 0, begin(trainable), frozen
     if restored.meta['fingerprint'] != self.loader.manifest.fingerprint:
-      self._refuse_other_data(None)
+      mistakes.check_data(config, self.workdir, None)
       raise UserError(
         f'{self.workdir}: the text of {config.data.source} has changed '
         'since it was trained on; give the former files, or another --workdir'
@@ -248,24 +222,6 @@ class Run:
     copies = jax.tree.map(jnp.copy, self.state.params)
     return weights.combine(copies, self.frozen)
 
-  def _refuse_only_damaged(self) -> None:
-    damaged = self.workdir / 'checkpoints' / 'damaged'
-    if damaged.is_dir() and any(damaged.iterdir()):
-      raise UserError(
-        f'{self.workdir}: every checkpoint is damaged, and set aside in '
-        f'{damaged}; remove that folder to train from the start again'
-      )
-
-  def _refuse_other_data(self, cause: Exception | None) -> None:
-    """Names the data key that differs from the run's own, if one does."""
-    old = configs.flatten(configs.read(self.workdir / 'config.json'))
-    for key, now in configs.flatten(self.config).items():
-      if key.startswith('data.') and key != 'data.dir' and old[key] != now:
-        raise UserError(
-          f'{self.workdir}: was trained with {key}={old[key]!r}, not {now!r}; '
-          f'give the same {key}, or another --workdir'
-        ) from cause
-
   # What the loop does between steps.
 
   def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
@@ -298,15 +254,19 @@ class Run:
   def stop_requested(self, step: int) -> bool:
     """Whether a signal came to any process; they agree on it."""
     mine = self.phases.stop_requested
-    if jax.process_count() == 1:
+    if not processes.many():
       return mine
     if step % self.config.log_every:  # to ask all of them takes a while
       return False
-    return bool(multihost_utils.process_allgather(np.array(mine)).any())
+    with self.phases('agree'):
+      stops = processes.any_of(mine)
+    if stops:
+      self.phases.request_stop('a signal to another process')
+    return stops
 
   def stop_evaluation(self) -> bool:
     # Several processes must agree, and to ask after each batch takes long.
-    return jax.process_count() == 1 and self.phases.stop_requested
+    return not processes.many() and self.phases.stop_requested
 
   def must_evaluate(self, step: int) -> bool:
     every = self.config.eval_every
@@ -320,7 +280,8 @@ class Run:
 
   def report(self, step: int, values: dict, rows: dict) -> None:
     """Writes the metrics of a step; ends a run that only skips."""
-    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    with self.phases('wait'):  # for the step
+      values = {k: float(v) for k, v in jax.device_get(values).items()}
     bad = values.pop('bad_in_a_row')
     if bad >= self.config.guard.bad_in_a_row:
       if not values['targets']:
@@ -338,12 +299,7 @@ class Run:
       )
     self.stage.watch(values)
     if step % self.config.log_every == 0 or self._is_last(step):
-      # Of the rows of this process: it tells if two runs saw the same data.
-      values['rows_crc'] = functools.reduce(
-        lambda crc, name: zlib.crc32(rows[name].tobytes(), crc),
-        sorted(name for name in rows if name.endswith('tokens')),
-        0,
-      )
+      values['rows_crc'] = self.loader.crc(step - 1, rows)
       self.writer.update(step, 'train', values)
 
   @contextlib.contextmanager
@@ -395,6 +351,7 @@ class Run:
       'seed': self.config.seed,
       'base': self.base,
     }
+    self.ledger.mark(self.writer, step)
     self.checkpoints.save(step, state, meta, scores)
 
   def trace(self, step: int) -> None:
@@ -417,14 +374,8 @@ class Run:
       self.sampler.close()
     with self.phases('save'):
       self.checkpoints.close()
+    self.ledger.mark(self.writer)
     self.writer.close()
-
-
-def _resolved(config: ConfigDict) -> dict[str, Any]:
-  """Every key of a configuration, those of the family's preset included."""
-  made = models.make(config.model_name, config.model, 1, config.data.length)
-  fields = dataclasses.asdict(made.config)
-  return configs.flatten(config) | {f'model.{k}': v for k, v in fields.items()}
 
 
 def data_dir(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
@@ -442,13 +393,16 @@ def prepared(
   with phases('prepare'):
     make = functools.partial(prepare.prepare, config, data_dir(config, workdir))
     found = make(report) if jax.process_index() == 0 else None
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices('prepared')
+    processes.barrier('prepared')
     return (found or make(lambda _: None)).directory
 
 
 def open_rows(
-  config: ConfigDict, rows: pathlib.Path, split: str, model: Any
+  config: ConfigDict,
+  rows: pathlib.Path,
+  split: str,
+  model: Any,
+  mesh: Any = None,
 ) -> loader.Loader:
   """This process's part of a split; held-out rows come once, in order."""
   return loader.Loader(
@@ -458,8 +412,7 @@ def open_rows(
     seed=config.seed,
     vocab_size=model.config.vocab_size,
     shuffle=split == 'train',
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    part=processes.share(mesh) if processes.many() else (0, 1),
   )
 
 
@@ -467,16 +420,31 @@ def execute(
   config: ConfigDict,
   workdir: pathlib.Path,
   report: Callable[[str], None] = print,
+  began: float | None = None,
 ) -> dict[str, float]:
-  """Trains to the last step or a signal; returns the last held-out figures."""
+  """Trains to the last step or a signal; returns the last held-out figures.
+
+  Args:
+    config: what to train.
+    workdir: where; it goes on from what is there.
+    report: prints one line.
+    began: when its time begins to count, by the monotonic clock; None: now.
+  """
+  began = time.monotonic() if began is None else began
   workdir = pathlib.Path(workdir)
   devices.require(config.platform)
+  first = jax.process_index() == 0
+  report = report if first else lambda _: None
   with (
     workdirs.lock(workdir),
-    Phases(watchdog_seconds=config.watchdog) as phases,
+    Phases(
+      watchdog_seconds=config.watchdog, alone=not processes.many()
+    ) as phases,
+    goodput.Ledger(workdir, phases, began, first) as ledger,
   ):
     phases.install()
-    run = Run(config, workdir, phases, report)
+    run = Run(config, workdir, phases, report, ledger)
+    ledger.started()
     try:
       with jax.set_mesh(run.mesh):
         if config.init_from and not run.first_step:
@@ -486,6 +454,7 @@ def execute(
       run.close()
     if phases.stop_requested:
       report(f'stopped by {phases.signal_name}; the same command goes on')
+    report(goodput.told(ledger.parts()))
     lines = metrics.read(workdir / 'metrics.jsonl')
     heldout = [line for line in lines if line['split'] == 'heldout']
     return heldout[-1] if heldout else {}

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tpu_lm import torus
 from tpu_lm.errors import UserError
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence', 'expert')
@@ -32,6 +33,11 @@ RULES = (
   (r'attention/o$', P(None, 'tensor', None, 'fsdp'), 2),  # N H K D
   (r'mlp/(gate|up)$', P(None, 'fsdp', 'tensor'), 1),  # N D F
   (r'mlp/down$', P(None, 'tensor', 'fsdp'), 1),  # N F D
+  (r'moe/router$', P(None, 'fsdp', None), 0),  # N D E
+  (r'moe/(gate|up)$', P(None, 'expert', 'fsdp', 'tensor'), 0),  # N E D F
+  (r'moe/down$', P(None, 'expert', 'tensor', 'fsdp'), 0),  # N E F D
+  (r'moe/shared_(gate|up)$', P(None, 'fsdp', 'tensor'), 1),  # N D S
+  (r'moe/shared_down$', P(None, 'tensor', 'fsdp'), 1),  # N S D
 )
 # What a weight may be made of (weights.py, quantize.py): the path goes on.
 _PARTS = re.compile(
@@ -40,6 +46,8 @@ _PARTS = re.compile(
 )
 _BLOCKS = ('fsdp', 'tensor')  # the axes that share out blocks of 4-bit codes
 _RINGS = ('fsdp', 'fsdp_y', 'fsdp_z')
+EXPERTS = re.compile(r'moe/(gate|up|down)$')  # a matrix for each of many
+HEADS = ('tensor', 'sequence')  # attention's heads: see attention.py
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -57,7 +65,7 @@ def make_mesh(
   Args:
     sizes: by the names of AXES.
     devices: all that there are by default.
-    rings: what the axis `fsdp` is made of, instead of what the devices say.
+    rings: what the axis `fsdp` is made of; by default as torus.py has it.
 
   Raises:
     UserError: the sizes do not make up the number of devices.
@@ -67,6 +75,9 @@ def make_mesh(
   for axis, size in sizes.items():
     if size < 1 and size != -1:
       raise UserError(f'mesh.{axis}={size}: give a size of at least 1, or -1')
+  slices = torus.num_slices(devices)
+  if sizes['data'] == 1 and slices > 1:
+    sizes['data'] = slices  # nothing else may span them
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1:
     raise UserError(
@@ -83,16 +94,15 @@ def make_mesh(
       f'{len(devices)} {devices[0].platform} devices; lower one of them'
     )
   devices = devices[: math.prod(sizes.values())]
-  rings = rings or (sizes['fsdp'],)
+  rings = rings or torus.rings(sizes['fsdp'], torus.sides(devices))
   shape = {}
   for axis, size in sizes.items():
     split = dict(zip(_RINGS, rings, strict=False))
     shape |= split if axis == 'fsdp' else {axis: size}
-  return jax.make_mesh(
-    tuple(shape.values()),
+  return Mesh(
+    torus.arranged(shape, devices),
     tuple(shape),
     axis_types=(AxisType.Auto,) * len(shape),
-    devices=devices,
   )
 
 
@@ -177,23 +187,26 @@ def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """The spec of the array called `name` (a path, or one that ends in it).
 
   A dimension that its axes do not divide is shared out over fewer, or stays
-  whole, but for `tensor` over heads and hidden units, where that would undo
-  what was asked for.
+  whole, but for `tensor` over heads and hidden units and for `expert`, where
+  that would undo what was asked for.
 
   Raises:
-    UserError: `tensor` does not divide what it must.
+    UserError: `tensor` or `expert` does not divide what it must.
   """
   found, rule = [], _rule(name, len(shape))
   for axes, size in zip(rule, shape, strict=True):
     axes = axes if isinstance(axes, tuple) else (axes,) if axes else ()
     axes = _expanded(axes, mesh, 'expert' in rule)
-    must = axes == ('tensor',) and len(shape) > 2 and size > 1
+    must = axes in (('tensor',), ('expert',)) and len(shape) > 2 and size > 1
+    wanted = axes
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
       axes = axes[:-1]
     if must and not axes:
+      axis = wanted[0]
+      what = 'experts' if axis == 'expert' else 'heads or hidden units'
       raise UserError(
-        f'mesh.tensor={mesh.shape["tensor"]}: does not divide the {size} '
-        f'heads or hidden units of {name}'
+        f'mesh.{axis}={mesh.shape[axis]}: does not divide the {size} {what} '
+        f'of {name}'
       )
     found.append(axes if len(axes) > 1 else axes[0] if axes else None)
   return P(*found) if any(found) else P()
@@ -292,6 +305,18 @@ def constrain_activations(x_BLD: jax.Array) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   rows = () if mesh.empty else rows_over(mesh)
   return _constrain(x_BLD, rows, 'sequence', None)
+
+
+def num_head_shards() -> int:
+  """Into how many parts attention divides its heads."""
+  sizes = free_axes(jax.sharding.get_abstract_mesh())
+  return math.prod(sizes.get(axis, 1) for axis in HEADS)
+
+
+def constrain_heads(x_BLHK: jax.Array) -> jax.Array:
+  """Rows over their axes, positions whole, heads over HEADS."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return _constrain(x_BLHK, rows_over(mesh), None, HEADS, None)
 
 
 def constrain_weight(weight: jax.Array, letters: str) -> jax.Array:

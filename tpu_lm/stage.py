@@ -249,6 +249,7 @@ def token_logps(
     mask_BL=weights_BL > 0,
     soft_cap=model.config.logit_soft_cap,
     temperature=temperature,
+    chunk=model.config.loss_chunk,
   )
   return logps_BL, weights_BL
 

@@ -214,7 +214,8 @@ def load(
     config.model_name, config.model, tokens.vocab_size, config.data.length
   )
   if mesh is None:
-    mesh = sharding.make_mesh(dict.fromkeys(sharding.AXES, 1) | {'data': -1})
+    sizes = dict.fromkeys(sharding.AXES, 1) | {'data': -1}
+    mesh = sharding.make_mesh(sizes, jax.local_devices())
   target = abstract(model, config, mesh)
   trainable, frozen = weights.partition(target, config.trainable)
   apart = is_apart(config, frozen)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tpu_lm import auxiliary, optim, per_device, weights
 from tpu_lm import guard as guards
-from tpu_lm import per_device, weights
 from tpu_lm.stage import LossFn, Mean
 
 
@@ -49,7 +49,12 @@ def _gradients(loss: LossFn, params, frozen, batch, key, *, microbatches: int):
   """The same, of the rows that are given."""
 
   def total(params, part, key):
-    mean, metrics = loss(weights.combine(params, frozen), part, key)
+    with auxiliary.collected() as found:
+      mean, metrics = loss(weights.combine(params, frozen), part, key)
+    if found:
+      added = auxiliary.objective(found, mean.weight)
+      mean = mean._replace(total=mean.total + added)
+      metrics |= {name: Mean(*term[:2]) for name, term in found.items()}
     return mean.total, (mean, metrics)
 
   gradient = jax.grad(total, has_aux=True)
@@ -91,7 +96,7 @@ def make_update(
     # A batch without targets has no gradient: NaN here, skipped below.
     grads = jax.tree.map(lambda g: g / mean.weight, grads)
     value = mean.total / mean.weight
-    norm = optax.tree.norm(grads)
+    norm = optim.norm(grads)
     ok, guard = guards.judge(state.guard, value, norm, spike_factor)
     if clip:
       scale = jnp.minimum(1.0, clip / (norm + 1e-6))
@@ -113,6 +118,40 @@ def make_update(
     return State(state.step + 1, params, optimizer, guard), report
 
   return update
+
+
+def jitted(
+  loss: LossFn,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  config: Any,
+  state: State,
+  options: dict[str, Any],
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+  """The update of a configuration, which donates the state.
+
+  Args:
+    loss: of the stage.
+    tx: the optimizer.
+    schedule: of its learning rate.
+    config: of the run.
+    state: arrays or shapes, laid out.
+    options: of the compiler (compiler.py).
+  """
+  return jax.jit(
+    make_update(
+      loss,
+      tx,
+      schedule,
+      microbatches=config.microbatches,
+      clip=config.optimizer.clip,
+      spike_factor=config.guard.spike_factor,
+    ),
+    donate_argnums=0,
+    # XLA would be free to lay the new state out in another way.
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    compiler_options=options or None,
+  )
 
 
 def fold(run: Any) -> State:

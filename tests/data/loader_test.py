@@ -137,7 +137,7 @@ def test_processes_share_the_global_batch(folder, split):
   whole = loader.Loader(folder, split, 8, 0, 260, shuffle)
   for count in (2, 4, 8):
     parts = [
-      loader.Loader(folder, split, 8, 0, 260, shuffle, i, count)
+      loader.Loader(folder, split, 8, 0, 260, shuffle, (i, count))
       for i in range(count)
     ]
     for step in range(min(3, whole.num_batches)):
@@ -147,8 +147,10 @@ def test_processes_share_the_global_batch(folder, split):
         for key in batches[0]
       }
       assert_equal(joined, whole.batch(step))
-  with pytest.raises(UserError, match='multiple of the 3 processes'):
-    loader.Loader(folder, split, 8, 0, 260, shuffle, 0, 3)
+      sums = {part.crc(step, part.batch(step)) for part in (whole, *parts)}
+      assert len(sums) == 1
+  with pytest.raises(UserError, match='multiple of the 3 parts'):
+    loader.Loader(folder, split, 8, 0, 260, shuffle, (0, 3))
 
 
 def test_heldout_gives_each_row_once(folder):
@@ -244,7 +246,7 @@ def test_rows_by_number(records, folder):
   numbers = np.concatenate(numbers)
   assert numbers[: held.num_rows].tolist() == list(range(held.num_rows))
   assert (numbers[held.num_rows :] == -1).all()
-  parts = [train(folder, process_index=i, process_count=2) for i in range(2)]
+  parts = [train(folder, part=(i, 2)) for i in range(2)]
   np.testing.assert_array_equal(
     np.concatenate([part.row_numbers(4) for part in parts]),
     train(folder).row_numbers(4),

@@ -174,7 +174,7 @@ def test_every_batch_finds_its_records(tmp_path):
     for process in range(2):
       part = loader.Loader(
         made.directory, 'train', 4, 7, 260,
-        process_index=process, process_count=2,
+        part=(process, 2),
       )  # fmt: skip
       batch = part.batch(step)['tokens'].tolist()
       for number, row in zip(part.row_numbers(step), batch, strict=True):

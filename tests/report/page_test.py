@@ -116,6 +116,21 @@ def test_what_is_not_finite_is_marked_and_counted(tmp_path):
   assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
 
 
+def test_where_the_time_went(tmp_path):
+  parts = {'step': 6.0, 'compile': 3.0, 'start_up': 1.0, HOSTILE: 'much'}
+  ledger = {'step': 10, 'split': 'goodput', 'parts': parts}
+  run = make_run(tmp_path / 'mine', lines=[train(10), ledger])
+  text, found = shown(run)
+  assert 'Goodput 60.0%' in found.text
+  assert 'Where the time went' in found.text
+  labels = [one['aria-label'] for one in found.all('svg')]
+  assert any(
+    'step: step 60.0%; compile: compile 30.0%; start-up' in label
+    for label in labels
+  ), labels
+  assert 'goodput' not in text.replace('Goodput', '')  # it is no split
+
+
 def test_a_torn_last_line_is_left_out(run):
   whole = report.write(run).read_bytes()
   with open(run / 'metrics.jsonl', 'a') as file:

@@ -10,6 +10,7 @@ import functools
 import os
 import queue
 import threading
+import zlib
 from collections.abc import Iterator
 
 import grain
@@ -38,8 +39,7 @@ class Loader:
     vocab_size: of the model; a batch with a higher id is refused, since a
       gather on the device would clamp it in silence.
     shuffle: False gives all rows once, in their order.
-    process_index: of process_count: which part of each batch is given.
-    process_count: how many processes share a batch.
+    part: (i, n): of each batch the i-th of n equal parts is given.
     verify: whether every shard is read and compared with its sha256 first.
 
   Raises:
@@ -54,24 +54,25 @@ class Loader:
     seed: int,
     vocab_size: int,
     shuffle: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+    part: tuple[int, int] = (0, 1),
     verify: bool = False,
   ):
     if split not in manifest.SPLITS:
       raise ValueError(f'{split=} is not one of {manifest.SPLITS}')
-    if batch_size % process_count:
+    self.part = part
+    index, num_parts = part
+    if batch_size % num_parts:
       raise UserError(
-        f'batch_size={batch_size}: must be a multiple of the {process_count} '
-        'processes'
+        f'batch_size={batch_size}: must be a multiple of the {num_parts} parts '
+        'that processes take'
       )
     self.manifest = manifest.read(directory)
     manifest.check(self.manifest, contents=verify)
     self.length = self.manifest.length
     self.vocab_size = vocab_size
     self.batch_size = batch_size
-    self._first = batch_size // process_count * process_index
-    self._count = batch_size // process_count
+    self._count = batch_size // num_parts
+    self._first = self._count * index
     self._shards = []
     parts = self.manifest.splits(split)
     for part in parts:
@@ -109,6 +110,20 @@ class Loader:
       UserError: a token id that the model does not have.
     """
     return self.rows_at(self.row_numbers(step))
+
+  def crc(self, step: int, rows: dict[str, np.ndarray]) -> int:
+    """Of the tokens of all processes: it tells if two runs saw the same.
+
+    Args:
+      step: of the batch.
+      rows: `batch(step)`; they are read again if they are not all of it.
+    """
+    if self._count != self.batch_size:
+      rows = self.rows_at(self.row_numbers(step, whole=True))
+    names = sorted(name for name in rows if name.endswith('tokens'))
+    return functools.reduce(
+      lambda crc, name: zlib.crc32(rows[name].tobytes(), crc), names, 0
+    )
 
   def rows_at(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of `batch` for the rows of these numbers; -1 is padding."""
@@ -159,12 +174,18 @@ class Loader:
       last_step = self.num_batches - 1
     return _ahead(self.batch, first_step, last_step)
 
-  def row_numbers(self, step: int) -> np.ndarray:
-    """np.int64[B]: the rows of this process's `batch(step)`; -1 is padding."""
+  def row_numbers(self, step: int, whole: bool = False) -> np.ndarray:
+    """np.int64[B]: the rows of `batch(step)`; -1 is padding.
+
+    Args:
+      step: of the batch.
+      whole: those of all processes, not of this one alone.
+    """
     if step < 0 or (self._order is None and step >= self.num_batches):
       raise IndexError(f'{step=} of {self.num_batches} batches')
-    first = step * self.batch_size + self._first
-    numbers = np.arange(first, first + self._count)
+    first = step * self.batch_size + (0 if whole else self._first)
+    count = self.batch_size if whole else self._count
+    numbers = np.arange(first, first + count)
     if self._order is not None:
       return np.array([int(self._order[n]) for n in numbers.tolist()], np.int64)
     return np.where(numbers < self.num_rows, numbers, -1)

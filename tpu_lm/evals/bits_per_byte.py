@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpu_lm import reading, sharding
+from tpu_lm import processes, reading, sharding
 from tpu_lm.errors import UserError
 from tpu_lm.stages import pretrain
 
@@ -48,6 +48,7 @@ def evaluate(
   batches: Iterable[Batch],
   token_bytes: np.ndarray,
   stop: Callable[[], bool] = lambda: False,
+  part: tuple[int, int] = (0, 1),
 ) -> dict[str, float] | None:
   """Scores held-out rows.
 
@@ -61,6 +62,7 @@ def evaluate(
     token_bytes: see `num_bytes`.
     stop: asked after each batch; if it says so the evaluation is given up.
       Processes must agree on it.
+    part: of the rows, that these batches are; see `processes.share`.
 
   Returns:
     loss (nats a token), perplexity, bits_per_byte, tokens and bytes; or None
@@ -81,7 +83,7 @@ def evaluate(
       return None
   if pending:
     nats, tokens = nats + float(pending[0]), tokens + float(pending[1])
-  size = _over_processes(size)
+  size = sum(dict(processes.gathered((part, size))).values())
   if not tokens or not size:
     raise UserError(
       f'held-out data: {tokens:.0f} tokens and {size} bytes to score; make '
@@ -104,19 +106,6 @@ def result(nats: float, tokens: float, size: int) -> dict[str, float]:
     'tokens': int(tokens),
     'bytes': size,
   }
-
-
-def _over_processes(count: int) -> int:
-  """Returns the sum over processes; exact below 2**62."""
-  if jax.process_count() == 1:
-    return count
-  from jax.experimental import multihost_utils
-
-  # Two halves: arrays are 32 bits wide unless 64 are switched on.
-  halves = np.array([count >> 31, count & (2**31 - 1)], np.int32)
-  gathered = np.asarray(multihost_utils.process_allgather(halves), np.int64)
-  high, low = gathered.reshape(-1, 2).sum(axis=0).tolist()
-  return (high << 31) + low
 
 
 def totals_of(model: Any, mesh: Any) -> Callable[..., tuple]:
@@ -142,6 +131,7 @@ def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict | None]:
       loader.prefetch(0, num_batches - 1),
       run.tokenizer.token_bytes,
       stop=run.stop_evaluation,
+      part=loader.part,
     )
 
   return evaluate_params

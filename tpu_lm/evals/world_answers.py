@@ -12,8 +12,10 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from tpu_lm import processes
 from tpu_lm.data import chat, world, world_sums, world_tasks
 from tpu_lm.data.world_tasks import Question
 from tpu_lm.generate import answers, engine
@@ -128,7 +130,15 @@ def _figures(loaded: Loaded, folder: pathlib.Path) -> dict[str, float]:
 
 
 def make(run: Any, rows: pathlib.Path) -> Callable[[Any], dict[str, float]]:
-  """The evaluation that a run does: params -> figures of its answers."""
-  return lambda params: _figures(
-    Loaded(run.config, run.tokenizer, run.model, params, 0, run.mesh), rows
-  )
+  """The evaluation that a run does: params -> figures of its answers.
+
+  Of several processes each asks all questions, on its own devices.
+  """
+
+  def evaluate(params: Any) -> dict[str, float]:
+    params, mesh = processes.local(params, run.mesh)
+    with jax.set_mesh(mesh):
+      loaded = Loaded(run.config, run.tokenizer, run.model, params, 0, mesh)
+      return _figures(loaded, rows)
+
+  return evaluate

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import quantize, weights
+from tpu_lm import quantize, target, weights
 from tpu_lm.models import transformer
 
 _FEW = 2  # rows
@@ -61,7 +61,7 @@ def packed(params: Any, rows: int) -> Any:
   """
   global _last
   is_quantised = weights.is_held(weights.unadapt(params))
-  if jax.default_backend() != 'cpu' or is_quantised:
+  if target.platform() != 'cpu' or is_quantised:
     return params
   leaves, is_few = jax.tree.leaves(params), rows < _FEW
   if _last is not None and _last.is_few == is_few:
@@ -102,6 +102,8 @@ def _turned(table_VD: jax.Array) -> Matrix:
 
 
 def _block(block: dict[str, Any], name: str, rows: int) -> dict[str, Any]:
+  if name not in _MATRICES:  # experts stay plain: few of them are read
+    return block
   found, matrices = dict(block), {}
   # One dot product an output is the best for one row, the worst for more.
   inputs_last = rows < _FEW

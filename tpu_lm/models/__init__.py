@@ -6,7 +6,10 @@ from typing import Any
 from tpu_lm.errors import UserError, nearest
 
 # Files of this folder that hold no PRESET.
-_PARTS = ('attention', 'ring', 'rope', 'transformer')
+_PARTS = (
+  'attention', 'block', 'grouped', 'moe', 'remat', 'ring', 'rope',
+  'splash', 'transformer',
+)  # fmt: skip
 
 
 def families() -> list[str]:

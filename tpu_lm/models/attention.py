@@ -14,7 +14,12 @@ Kernels:
            in it, which spares XLA:CPU a transposition a matmul.
   xla      jax.nn.dot_product_attention: holds L x L logits.
   cudnn    the same with cuDNN's fused kernel (NVIDIA GPUs, 16-bit).
-  auto     cudnn where it applies, else chunked.
+  splash   JAX's Pallas kernel for TPUs (splash.py).
+  auto     cudnn or splash where it applies, else chunked.
+
+Where a mesh divides positions (`sequence`), heads are divided in their stead:
+each device then attends over whole rows for some heads, and gives back its
+positions (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 What stands at tokens of segment 0, NaN included, reaches neither the output
 (0 there) nor any gradient. Without segment ids, keys and values that are not
@@ -24,13 +29,18 @@ Decoding has an attention of its own: ring.py.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.extend
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-IMPLEMENTATIONS = ('auto', 'chunked', 'xla', 'cudnn')
+from tpu_lm import sharding, target
+from tpu_lm.errors import UserError
+
+IMPLEMENTATIONS = ('auto', 'chunked', 'xla', 'cudnn', 'splash')
 SHARED = -1  # the segment that all others of its row see too
 _CHUNK = 64  # queries; the best of 32, 64, 128 on two CPU cores at L 256-512
 _ACCELERATOR_CHUNK = 512
@@ -99,17 +109,34 @@ def attend(
       f'{", ".join(IMPLEMENTATIONS)}'
     )
   if implementation == 'auto':
-    implementation = _best(q_BLHK, soft_cap, window)
+    whole = causal and positions is None
+    implementation = _best(q_BLHK, soft_cap, window, whole, shares)
   if segment_ids is not None:
     q_BLHK = _without_padding(q_BLHK, segment_ids[0])
     k_BSGK = _without_padding(k_BSGK, segment_ids[1])
     v_BSGK = _without_padding(v_BSGK, segment_ids[1])
+  q_BLHK, k_BSGK, v_BSGK = _by_heads(q_BLHK, k_BSGK, v_BSGK)
   skips, sees = causal and positions is None, (causal, shares)
   spots = _spots(q_BLHK, k_BSGK, segment_ids, positions, window)
   if implementation == 'chunked':
     spans = tuple(_spans(q_BLHK.shape[1], num_keys, skips, window))
     out_BLHK = _chunked(
       q_BLHK, k_BSGK, v_BSGK, spots, spans, sees, soft_cap, scale
+    )
+  elif implementation == 'splash':
+    from tpu_lm.models import splash  # Pallas takes a second to import
+
+    if not (skips and _can_splash(num_keys, window, shares)):
+      raise ValueError('splash: cannot do this; use chunked')
+    out_BLHK = splash.attend(
+      q_BLHK,
+      k_BSGK,
+      v_BSGK,
+      segment_ids_BL=None if segment_ids is None else segment_ids[0],
+      window=window,
+      soft_cap=soft_cap,
+      scale=scale,
+      interpret=target.platform() == 'cpu',
     )
   elif soft_cap:
     raise ValueError(f'{implementation}: has no soft_cap; use chunked')
@@ -122,12 +149,38 @@ def attend(
   return out_BLHK
 
 
-def _best(q_BLHK: jax.Array, soft_cap: float, window) -> str:
+def _by_heads(*tensors: jax.Array) -> tuple[jax.Array, ...]:
+  """Queries, keys and values with heads divided in place of positions."""
+  if not sharding.splits_sequence():
+    return tensors
+  parts = sharding.num_head_shards()
+  num_heads = tensors[0].shape[2]
+  if num_heads % parts:
+    raise UserError(
+      f'mesh.tensor x mesh.sequence = {parts}: must divide the {num_heads} '
+      'attention heads, over which they are shared out; lower mesh.sequence'
+    )
+  found = []
+  for x in tensors:
+    if x.shape[2] % parts:  # few key heads: as many copies as are needed
+      x = jnp.repeat(x, math.lcm(x.shape[2], parts) // x.shape[2], axis=2)
+    found.append(sharding.constrain_heads(x))
+  return tuple(found)
+
+
+def _best(
+  q_BLHK: jax.Array, soft_cap: float, window, whole: bool, shares: bool
+) -> str:
   """The kernel that 'auto' means here."""
+  platform = target.platform()
+  if platform == 'tpu':
+    can = whole and _can_splash(q_BLHK.shape[1], window, shares)
+    return 'splash' if can else 'chunked'
+  if platform != 'gpu':
+    return 'chunked'
   backend = jax.extend.backend.get_backend()
   cudnn = (
-    backend.platform == 'gpu'
-    and 'cuda' in backend.platform_version
+    'cuda' in backend.platform_version
     and q_BLHK.dtype in (jnp.bfloat16, jnp.float16)
     and q_BLHK.shape[1] > 1
     and q_BLHK.shape[3] % 8 == 0
@@ -136,6 +189,11 @@ def _best(q_BLHK: jax.Array, soft_cap: float, window) -> str:
     and (window is None or isinstance(window, int))
   )
   return 'cudnn' if cudnn else 'chunked'
+
+
+def _can_splash(length: int, window, shares: bool) -> bool:
+  """Rows of whole lanes, a static window, no shared segment."""
+  return length % 128 == 0 and isinstance(window, int | None) and not shares
 
 
 def _without_padding(x_BLHK: jax.Array, segment_ids_BL: jax.Array):
@@ -189,7 +247,7 @@ def _spots(q_BLHK, k_BSGK, segment_ids, positions, window) -> _Spots:
 
 def _spans(num_queries, num_keys, skips: bool, window):
   """Chunks of queries with the keys they need: (q_begin, q_end, k_…, k_…)."""
-  smallest = _CHUNK if jax.default_backend() == 'cpu' else _ACCELERATOR_CHUNK
+  smallest = _CHUNK if target.platform() == 'cpu' else _ACCELERATOR_CHUNK
   size = max(smallest, -(-num_queries // _MAX_CHUNKS))
   for begin in range(0, num_queries, size):
     end = min(begin + size, num_queries)
@@ -236,8 +294,8 @@ def _forward(q_BGMLK, k_BGSK, v_BGSK, spots, rule):
     out = _matmul('BGMLS,BGSK->BGMLK', p_BGMLS.astype(v.dtype), v) / norm
     outs.append(out.astype(q.dtype))
     lses.append(top + jnp.log(norm))
-  out_BGMLK = jnp.concatenate(outs, axis=3)
-  lse_BGML1 = jnp.concatenate(lses, axis=3)
+  out_BGMLK = checkpoint_name(jnp.concatenate(outs, axis=3), 'attention')
+  lse_BGML1 = checkpoint_name(jnp.concatenate(lses, axis=3), 'attention')
   return out_BGMLK, (q_BGMLK, k_BGSK, v_BGSK, spots, out_BGMLK, lse_BGML1)
 
 

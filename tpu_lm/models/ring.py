@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tpu_lm import target
+
 _MASKED = -1e30  # finite: rows that see nothing must not become NaN
 
 
@@ -83,7 +85,7 @@ def slot_shape(rows: int, groups: int, *rest: int) -> tuple[int, ...]:
   XLA:CPU multiplies over one axis of matrices; where it had to merge two, it
   copied the whole cache at each step.
   """
-  if jax.default_backend() == 'cpu':
+  if target.platform() == 'cpu':
     return (rows * groups, *rest)
   return (rows, groups, *rest)
 

@@ -11,6 +11,9 @@ heads, K head size, F hidden, V vocabulary):
   layers/attention/{norm [N,D], q [N,D,H,K], k, v [N,D,G,K], o [N,H,K,D]}
   layers/attention/{q_norm, k_norm [N,K], q_bias [N,H,K], k_bias, v_bias}
   layers/mlp/{norm [N,D], gate, up [N,D,F], down [N,F,D]}
+or, with experts (moe.py; E of them, S units in those that all tokens share):
+  layers/moe/{norm [N,D], router [N,D,E], router_bias [N,E], gate, up [N,E,D,F]}
+  layers/moe/{down [N,E,F,D], shared_gate, shared_up [N,D,S], shared_down}
 """
 
 import dataclasses
@@ -20,21 +23,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from tpu_lm import per_device, sharding, weights
-from tpu_lm.models import attention, ring, rope
+from tpu_lm import per_device, sharding, target, weights
+from tpu_lm.models import attention, moe, remat, ring, rope
+from tpu_lm.models.block import ACTIVATIONS, Block, held, rms_norm
 from tpu_lm.models.ring import Cache
-
-# What the backward pass may keep instead of computing again.
-REMAT = {
-  'none': None,  # keep everything
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-ACTIVATIONS = {
-  'silu': nn.silu,
-  'gelu': lambda x: nn.gelu(x, approximate=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +66,24 @@ class Config:
   rope_beta_fast: float = 32.0
   rope_beta_slow: float = 1.0
   rope_attention_factor: float = 0.0
+  num_experts: int = 0  # 0: none; what they are: moe.py
+  experts_per_token: int = 2
+  expert_hidden_dim: int = 0  # 0: hidden_dim
+  shared_experts: int = 0  # as many as that see every token
+  router: str = 'softmax'  # or sigmoid
+  renormalise: bool = True  # the weights of what was chosen sum to 1
+  router_scale: float = 1.0
+  router_bias: bool = False  # balances the load; see optimizer.balance_rate
+  balance_loss: float = 0.0  # its coefficient
+  router_z_loss: float = 0.0  # its coefficient
+  moe_form: str = 'auto'  # dropless or capacity
+  capacity_factor: float = 1.25
   scalar_head: bool = False  # reward models: hidden states to a number
   init_std: float = 0.02
   zero_init_output: bool = True  # what blocks add starts at zero
   dtype: str = 'float32'  # of the matmuls; parameters are float32
-  remat: str = 'none'
+  remat: str = 'none'  # what the backward pass keeps; see remat.py
+  loss_chunk: int = 0  # positions whose logits are held; 0: by the device
   attention: str = 'auto'  # which kernel; see attention.py
   unroll: int = 0  # layers a step of the scan; 0: chosen by the device
 
@@ -93,7 +100,9 @@ class Config:
     for key in (
       'vocab_size', 'num_kv_heads', 'head_dim', 'max_length', 'window',
       'rope_local_theta', 'rope_original_length', 'rope_attention_factor',
-      'query_scale', 'attention_soft_cap', 'logit_soft_cap', 'init_std',
+      'query_scale', 'loss_chunk', 'attention_soft_cap', 'logit_soft_cap', 'init_std',
+      'num_experts', 'expert_hidden_dim', 'shared_experts', 'balance_loss',
+      'router_z_loss',
     ):  # fmt: skip
       if not 0 <= getattr(self, key) < math.inf:
         fail(key, 'must not be negative')
@@ -107,10 +116,12 @@ class Config:
       fail('head_dim', 'must be even: RoPE rotates pairs')
     for key, known in (
       ('activation', ACTIVATIONS),
-      ('remat', REMAT),
+      ('remat', remat.POLICIES),
       ('rope_scaling', rope.SCALINGS),
       ('dtype', ('float32', 'bfloat16', 'float16')),
       ('attention', attention.IMPLEMENTATIONS),
+      ('router', moe.ROUTERS),
+      ('moe_form', moe.FORMS),
     ):
       if getattr(self, key) not in known:
         fail(key, f'choose one of {", ".join(map(repr, known))}')
@@ -118,6 +129,7 @@ class Config:
       self.rope_original_length < 1
     ):
       fail('rope_original_length', f'{self.rope_scaling} needs it')
+    moe.check(self, fail)
 
   @property
   def kv_heads(self) -> int:
@@ -128,13 +140,17 @@ class Config:
     return self.head_dim or self.dim // self.num_heads
 
   @property
+  def expert_size(self) -> int:
+    return self.expert_hidden_dim or self.hidden_dim
+
+  @property
   def layers_a_step(self) -> int:
     """How many layers the scan takes at once.
 
     On a CPU all of them, up to eight: the loop's copies of weights and
     gradients took a fifth of the step of a small model. Elsewhere one.
     """
-    chosen = 8 if jax.default_backend() == 'cpu' else 1
+    chosen = 8 if target.platform() == 'cpu' else 1
     return min(self.unroll or chosen, self.num_layers)
 
   @property
@@ -160,62 +176,6 @@ class Config:
     )
 
 
-def rms_norm(
-  x: jax.Array, scale: jax.Array, eps: float, plus_one: bool
-) -> jax.Array:
-  """RMSNorm (arXiv 1910.07467, equation 4) over the last axis, in float32."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * (1.0 + scale if plus_one else scale)).astype(x.dtype)
-
-
-def held(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]):
-  """A weight of `module`: new, or as the given parameters hold it."""
-  # linen's own check of shapes knows plain arrays only.
-  if module.has_variable('params', name):
-    found = module.get_variable('params', name)
-    if isinstance(found, weights.HELD) or per_device.is_inside():
-      return found
-  return module.param(name, init, shape)
-
-
-class Block(nn.Module):
-  """What attention and feed-forward share: norms, initialisers, dtype."""
-
-  config: Config
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    return jnp.dtype(self.config.dtype)
-
-  def matrix(self, name: str, shape: tuple[int, ...], output: bool = False):
-    """A weight; `output` ones write to the residual stream."""
-    config = self.config
-    if output and config.zero_init_output:
-      init = nn.initializers.zeros
-    else:
-      init = nn.initializers.normal(config.init_std)
-    path = '/'.join((*self.path, name))
-    return per_device.whole(path, held(self, name, init, shape), self.dtype)
-
-  @property
-  def is_packed(self) -> bool:
-    """Whether its matrices are those of generate/packed.py."""
-    return self.has_variable('params', 'packed')
-
-  def product(self, name: str, x_BLX: jax.Array) -> jax.Array:
-    """`x_BLX` times a packed matrix."""
-    return self.get_variable('params', 'packed')[name].product(
-      x_BLX.astype(self.dtype)
-    )
-
-  def normed(self, name: str, x: jax.Array) -> jax.Array:
-    config = self.config
-    start = nn.initializers.constant(0.0 if config.norm_plus_one else 1.0)
-    scale = self.param(name, start, x.shape[-1:])
-    return rms_norm(x, scale, config.norm_eps, config.norm_plus_one)
-
-
 class Attention(Block):
   """Grouped-query attention (arXiv 2305.13245) with RoPE.
 
@@ -234,29 +194,35 @@ class Attention(Block):
     dim, head = config.dim, config.head_size
     h_BLD = self.normed('norm', x_BLD)
 
-    joint = {}
+    counts = {'q': config.num_heads, 'k': config.kv_heads, 'v': config.kv_heads}
+    shapes = {name: (dim, count, head) for name, count in counts.items()}
+    joint, weight_DF = {}, None
     if self.is_packed:
-      y = self.product('qkv', h_BLD)
-      y = y.reshape(*y.shape[:2], -1, head)
+      y_BLF = self.product('qkv', h_BLD)
+    elif (weight_DF := self.joined(shapes)) is not None:
+      y_BLF = weights.einsum('BLD,DF->BLF', h_BLD, weight_DF, self.dtype)
+    if self.is_packed or weight_DF is not None:
+      y = y_BLF.reshape(*y_BLF.shape[:2], -1, head)
       ends = config.num_heads, config.num_heads + config.kv_heads
       joint = dict(zip('qkv', jnp.split(y, ends, axis=2), strict=True))
 
-    def project(name: str, heads: int) -> jax.Array:
+    def project(name: str) -> jax.Array:
       if joint:
         y = joint[name]
       else:
-        weight = self.matrix(name, (dim, heads, head))
+        weight = self.matrix(name, shapes[name])
         y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
       if config.qkv_bias:
         bias = nn.initializers.zeros
-        y = y + self.param(f'{name}_bias', bias, (heads, head)).astype(y.dtype)
+        shape = shapes[name][1:]
+        y = y + self.param(f'{name}_bias', bias, shape).astype(y.dtype)
       if config.qk_norm and name != 'v':
         y = self.normed(f'{name}_norm', y)
       return y if name == 'v' else rope.rotate(y, cos, sin)
 
-    q_BLHK = project('q', config.num_heads)
-    k_BLGK = project('k', config.kv_heads)
-    v_BLGK = project('v', config.kv_heads)
+    q_BLHK, k_BLGK, v_BLGK = (
+      checkpoint_name(project(name), name) for name in 'qkv'
+    )
     rule = {
       'window': window,
       'soft_cap': config.attention_soft_cap,
@@ -283,7 +249,7 @@ class Attention(Block):
       out_BLHK = ring.read(
         q_BLHK, slots, positions_BL, at, prefix_B=prefix_B, **rule
       )
-    if joint:
+    if self.is_packed:
       y_BLD = self.product('o', out_BLHK.reshape(*out_BLHK.shape[:2], -1))
     else:
       weight = self.matrix('o', (config.num_heads, head, dim), output=True)
@@ -299,20 +265,13 @@ class Mlp(Block):
   @nn.compact
   def __call__(self, x_BLD):
     config = self.config
-    dim, hidden = config.dim, config.hidden_dim
     h_BLD = self.normed('norm', x_BLD)
     if self.is_packed:
       a_BLF, b_BLF = jnp.split(self.product('gate_up', h_BLD), 2, axis=-1)
       c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
       y_BLD = self.product('down', c_BLF)
     else:
-      gate = self.matrix('gate', (dim, hidden))
-      up = self.matrix('up', (dim, hidden))
-      a_BLF = weights.einsum('BLD,DF->BLF', h_BLD, gate, self.dtype)
-      b_BLF = weights.einsum('BLD,DF->BLF', h_BLD, up, self.dtype)
-      down = self.matrix('down', (hidden, dim), output=True)
-      c_BLF = ACTIVATIONS[config.activation](a_BLF) * b_BLF
-      y_BLD = weights.einsum('BLF,FD->BLD', c_BLF, down, self.dtype)
+      y_BLD = self.gated(h_BLD, config.hidden_dim)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
     return y_BLD
@@ -329,6 +288,7 @@ class Layer(nn.Module):
   def __call__(self, x_BLD, scanned, positions_BL, segment_ids_BL, angles):
     cache, window = scanned
     local, whole = angles
+    x_BLD = checkpoint_name(x_BLD, 'input')
     if window is None:  # all layers are alike
       window = self.config.windows[0]
     if isinstance(window, int):  # static
@@ -344,8 +304,14 @@ class Layer(nn.Module):
       x_BLD, *angle, positions_BL, segment_ids_BL, window, cache
     )
     x_BLD = x_BLD + y_BLD
-    x_BLD = x_BLD + Mlp(self.config, name='mlp')(x_BLD)
-    return sharding.constrain_activations(x_BLD), kept
+    if self.config.num_experts:
+      is_whole = cache is None and not self.keeps  # the pass that trains
+      block = moe.Moe(self.config, name='moe')
+      y_BLD, figures = block(x_BLD, segment_ids_BL, drops=is_whole)
+    else:
+      y_BLD, figures = Mlp(self.config, name='mlp')(x_BLD), {}
+    x_BLD = sharding.constrain_activations(x_BLD + y_BLD)
+    return x_BLD, (kept, figures)
 
 
 def _angles(config: Config, positions_BL: jax.Array):
@@ -428,7 +394,9 @@ class Transformer(nn.Module):
       windows_N = jnp.array(config.windows, jnp.int32)
     layer = Layer
     if config.remat != 'none':
-      layer = nn.remat(Layer, policy=REMAT[config.remat], prevent_cse=False)
+      layer = nn.remat(
+        Layer, policy=remat.policy(config.remat), prevent_cse=False
+      )
     unroll = config.layers_a_step
     # XLA:CPU would make the weights of all the layers of a step at once.
     if not config.unroll and weights.is_held(self.variables.get('params', {})):
@@ -441,9 +409,11 @@ class Transformer(nn.Module):
       length=config.num_layers,
       unroll=unroll,
     )
-    return stack(config, keeps, shares, name='layers')(
+    x_BLD, (kept, figures_N) = stack(config, keeps, shares, name='layers')(
       x_BLD, (None, windows_N), positions_BL, segment_ids_BL, angles
     )
+    moe.tell(config, figures_N)
+    return x_BLD, kept
 
   def _unrolled(self, x_BLD, positions_BL, angles, cache: Cache):
     """The layers one by one: their caches may differ in size."""
@@ -453,7 +423,7 @@ class Transformer(nn.Module):
     for n, window in enumerate(config.windows):
       # A stack, or a tuple of layers (`generate.packed`).
       one = layers[n] if isinstance(layers, tuple) else _layer(layers, n)
-      x_BLD, slots = Layer(config, parent=None).apply(
+      x_BLD, (slots, _) = Layer(config, parent=None).apply(
         {'params': one},
         x_BLD,
         (cache._replace(layers=cache.layers[n : n + 1]), window),

@@ -62,6 +62,18 @@ METRICS = {
     'Cut off', 'Share of answers that did not stop by themselves.', 'percent'
   ),
   'length': Metric('Answer length', 'Tokens an answer.'),
+  'balance_loss': Metric(
+    'Expert balance', '1 where all experts have as much to do; more: uneven.'
+  ),
+  'router_z_loss': Metric(
+    'Router logits', 'Square of their log-sum; large: routing loses precision.'
+  ),
+  'expert_load': Metric(
+    'Busiest expert', 'Its load over the mean load; 1: all have as much to do.'
+  ),
+  'dropped_share': Metric(
+    'Dropped', 'Share of tokens’ choices that a full expert refused.', 'percent'
+  ),
   'gradient_norm': Metric('Gradient norm', 'The gradient’s length, unclipped.'),
   'learning_rate': Metric('Learning rate', 'How far a step goes.'),
   'tokens_per_second': Metric(

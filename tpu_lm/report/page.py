@@ -26,11 +26,11 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:">
 <link rel="icon" href="data:,">
 <title>{title}</title>
 <style>
-{style}</style>
+{style}{more}</style>
 </head>
 <body>
 <header>
-<p class="kicker">tpu_lm report</p>
+<p class="kicker">{kicker}</p>
 <h1>{title}</h1>
 {lead}
 </header>
@@ -46,9 +46,22 @@ style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:">
 """
 
 
-def _page(
-  title: str, lead: Markup, found: list[tuple[str, str, Markup]]
+def framed(
+  title: str,
+  lead: Markup,
+  found: list[tuple[str, str, Markup]],
+  kicker: str = 'tpu_lm report',
+  more: str = '',
 ) -> str:
+  """A whole page.
+
+  Args:
+    title: its heading.
+    lead: what stands below.
+    found: (anchor, heading, content) of its sections.
+    kicker: the line above the heading.
+    more: CSS, besides style.css.
+  """
   style = (_HERE / 'style.css').read_text(encoding='utf-8')
   script = (_HERE / 'script.js').read_text(encoding='utf-8')
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -57,7 +70,9 @@ def _page(
     title=title,
     lead=lead,
     digest=Markup(digest),
+    kicker=kicker,
     style=Markup(style),
+    more=Markup(more),
     script=Markup(script),
     contents=join(
       html('<li><a href="#{}">{}</a></li>', anchor, heading)
@@ -91,7 +106,7 @@ def page(workdir: pathlib.Path) -> str:
     title = f'A run of {record.config.stage_name}'
     if record.name != record.config.stage_name:
       title = f'{record.name}: {title[0].lower()}{title[1:]}'
-    return _page(title, run_page.lead(record), run_page.sections(record))
+    return framed(title, run_page.lead(record), run_page.sections(record))
   names = [path.parent.name for path in workdir.glob('*/config.json')]
   if not names:
     raise UserError(
@@ -99,7 +114,7 @@ def page(workdir: pathlib.Path) -> str:
       'with one); give a folder that `tpu_lm train` or `tpu_lm quickstart` made'
     )
   life = story.read(workdir, names)
-  return _page(
+  return framed(
     'The life of a small language model', story.lead(life), story.sections(life)
   )
 

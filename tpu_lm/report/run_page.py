@@ -5,13 +5,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tpu_lm.report import curves, glossary, records, rollouts
+from tpu_lm import goodput, metrics
+from tpu_lm.report import chart, curves, glossary, records, rollouts
 from tpu_lm.report.command import command
 from tpu_lm.report.markup import (
   clipped,
   code,
+  figure,
   folded,
   html,
+  is_number,
   join,
   number,
   size,
@@ -101,6 +104,28 @@ def last_figures(record: Record) -> Markup:
   )
 
 
+def time_spent(record: Record) -> Markup:
+  """Where the wall time went; nothing where that was not recorded."""
+  lines = metrics.ledger(record.folder / 'metrics.jsonl')
+  parts = lines[-1]['parts'] if lines else {}
+  parts = {k: v for k, v in parts.items() if is_number(v) and v > 0}
+  if not parts:
+    return Markup()
+  wall, found = sum(parts.values()), []
+  for name, seconds in sorted(parts.items(), key=lambda part: -part[1]):
+    label = goodput.spoken(name)
+    share = (label, seconds / wall, False)
+    found.append(chart.Row(label, record.colour, [share]))
+  useful = number(goodput.goodput(parts), 'percent')
+  return figure(
+    f'Goodput {useful}',
+    chart.rows('Share of the wall time', found, percent=True),
+    f'Of {spell(wall)} over all starts of the run, {useful} went into steps '
+    'that count: sampling and rewards are among them; what was lost by a '
+    'kill is not.',
+  )
+
+
 def repeat(record: Record) -> Markup:
   """The command and the configuration."""
   text = command(record)
@@ -159,6 +184,9 @@ def sections(record: Record) -> list[tuple[str, str, Markup]]:
   figures = last_figures(record)
   if figures:
     found.append(('figures', 'The last figures', figures))
+  spent = time_spent(record)
+  if spent:
+    found.append(('time', 'Where the time went', spent))
   return [*found, ('repeat', 'To repeat it', repeat(record))]
 
 

@@ -29,6 +29,7 @@ def make(model, start, *, z_loss: float = 0.0) -> Stage:
       target_weights(batch),
       soft_cap=model.config.logit_soft_cap,
       z_loss=z_loss,
+      chunk=model.config.loss_chunk,
     )
     return Mean(total, weight), {}
 

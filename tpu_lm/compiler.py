@@ -1,0 +1,64 @@
+"""Options of XLA's TPU compiler, in small named groups.
+
+They are given to each compilation (`jax.jit(…, compiler_options=…)`), not to
+the process, so that `train` and `plan` compile alike. What each buys was read
+off compiled programs (LOG.md); no TPU was at hand to measure it.
+"""
+
+from typing import Any
+
+import jax
+
+from tpu_lm.errors import UserError, nearest
+
+_YES = 'true'
+GROUPS: dict[str, dict[str, str]] = {
+  # Einsums over gathered weights stay one product: cut into windows, the step
+  # of 1B parameters on 16 chips took 3.1 times as long.
+  'whole_einsums': {
+    'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000',
+  },
+  # Gradients are scattered while the products before them still run (v5e). The
+  # fusions need more of the core's own memory than the default.
+  'async_scatter': {
+    'xla_enable_async_reduce_scatter_fusion': _YES,
+    'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': _YES,
+    'xla_tpu_scoped_vmem_limit_kib': '24576',
+  },
+  # Gathers, scatters and sums of gradients run on the SparseCores (v6e).
+  'sparse_core': {
+    'xla_tpu_enable_sparse_core_collective_offload_all_gather': _YES,
+    'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': _YES,
+    'xla_tpu_enable_sparse_core_collective_offload_all_reduce': _YES,
+    'xla_tpu_enable_all_gather_offload_tracing': _YES,
+    'xla_tpu_enable_reduce_scatter_offload_tracing': _YES,
+    'xla_tpu_enable_all_reduce_offload_tracing': _YES,
+  },
+}
+# By JAX's device_kind.
+_CHOSEN = {
+  'TPU v5 lite': ('whole_einsums', 'async_scatter'),
+  'TPU v6 lite': ('whole_einsums', 'sparse_core'),
+}
+
+
+def options(groups: str, device: jax.Device) -> dict[str, Any]:
+  """The options of `groups`, names with commas; 'auto': by the device.
+
+  Raises:
+    UserError: there is no such group.
+  """
+  if device.platform != 'tpu':
+    return {}
+  names = [name.strip() for name in groups.split(',') if name.strip()]
+  if names == ['auto']:
+    names = _CHOSEN.get(device.device_kind, ('whole_einsums',))
+  found = {}
+  for name in names:
+    if name not in GROUPS:
+      raise UserError(
+        f'compiler={groups!r}: {name} is unknown{nearest(name, GROUPS)}; '
+        f'there are auto, {", ".join(GROUPS)}'
+      )
+    found |= GROUPS[name]
+  return found

@@ -1,0 +1,109 @@
+"""The programs of a run, made of shapes alone, compiled for devices elsewhere.
+
+They are those of `train`: the same network, loss, optimizer, mesh and update.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tpu_lm import (
+  models,
+  optim,
+  rollouts,
+  sharding,
+  stage,
+  start,
+  target,
+  train,
+  weights,
+)
+from tpu_lm.errors import UserError
+from tpu_lm.plan import columns
+
+
+class Parts(NamedTuple):
+  """What the update is made of, as shapes with their places."""
+
+  model: Any
+  mesh: Any
+  state: train.State
+  frozen: Any
+  batch: dict[str, jax.ShapeDtypeStruct]
+  update: Any  # jitted
+
+
+class Compiled(NamedTuple):
+  """A program of the compiler's, or why there is none."""
+
+  memory: Any  # bytes by kind; None: it does not fit
+  text: str  # the schedule
+  seconds: float  # that the compilation took
+  refusal: str = ''
+
+
+def assemble(config: Any, devices: list[Any]) -> Parts:
+  """Everything that `train` jits for an update, without an array."""
+  mesh = sharding.make_mesh(config.mesh, devices)
+  batch = columns.batch(config, mesh)
+  rows = next(iter(batch.values())).shape[0]
+  sharding.check_batch(mesh, rows, config.microbatches, config.data.length)
+  model = models.make(
+    config.model_name, config.model, config.data.vocab_size, config.data.length
+  )
+  how = rollouts.sampling_of(config)
+  tx, schedule = optim.make(
+    config.optimizer, config.steps, how.num_updates if how else 1
+  )
+  made = stage.make(config.stage_name, model, _no_start, config.stage)
+  with target.planned(mesh.devices.flat[0]), jax.set_mesh(mesh):
+    whole = start.abstract(model, config, mesh)
+    trainable, frozen = weights.partition(whole, config.trainable)
+    begin = functools.partial(train.init, tx=tx, window=config.guard.window)
+    state = sharding.abstract(jax.eval_shape(begin, trainable), mesh)
+  # Lowered here, compiled below: options are given then.
+  update = train.jitted(made.loss, tx, schedule, config, state, {})
+  return Parts(model, mesh, state, frozen, batch, update)
+
+
+def _no_start() -> Any:
+  raise AssertionError('a plan has no parameters')
+
+
+def compile_update(parts: Parts, flags: dict[str, Any]) -> Compiled:
+  """Compiles the update with these options of the compiler."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  place = NamedSharding(parts.mesh, P())
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+  arguments = parts.state, parts.frozen, parts.batch, key
+  return compiled(parts.update, arguments, parts.mesh, flags)
+
+
+def compiled(
+  function: Any, arguments: tuple, mesh: Any, flags: dict[str, Any]
+) -> Compiled:
+  """Compiles a jitted function of shapes for the devices of a mesh."""
+  begin = time.perf_counter()
+  with target.planned(mesh.devices.flat[0]), jax.set_mesh(mesh):
+    lowered = function.lower(*arguments)
+    try:
+      made = lowered.compile(compiler_options=flags)
+    except jax.errors.JaxRuntimeError as error:
+      took = time.perf_counter() - begin
+      return Compiled(None, '', took, _refusal(str(error)))
+  took = time.perf_counter() - begin
+  return Compiled(made.memory_analysis(), made.as_text(), took)
+
+
+def _refusal(text: str) -> str:
+  """The sentence of the compiler's that says what is too small."""
+  for line in text.splitlines():
+    if 'exceed' in line or 'Ran out of memory' in line:
+      return line.strip()[:300]
+  if 'RESOURCE_EXHAUSTED' in text:
+    return text.splitlines()[0][:300]
+  raise UserError(f'the compiler failed: {text.splitlines()[0][:300]}')
