@@ -19,7 +19,10 @@ setuptools.setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['tpu_lm', 'tpu_lm.*']),
-  package_data={'tpu_lm.report': ['*.css', '*.js']},
+  package_data={
+    'tpu_lm.plan': ['*.css'],
+    'tpu_lm.report': ['*.css', '*.js'],
+  },
   entry_points={'console_scripts': ['tpu_lm = tpu_lm.__main__:run']},
   install_requires=[
     'array-record>=0.8; platform_machine != "aarch64"',  # TFDS's offline rows
@@ -45,6 +48,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10'],
     'cuda': ['jax[cuda13]>=0.10'],
     'hf': ['datasets>=4.0'],
+    'plan': ['libtpu>=0.0.40'],  # the TPU compiler; no TPU is needed
     'tensorboard': ['tensorboardX>=2.6'],
     'dev': [
       'datasets>=4.0',

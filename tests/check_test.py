@@ -87,6 +87,9 @@ def leaky(params, batch, key):
   return Mean(total, weight.sum().astype(jnp.float32)), {}
 
 
+PARTS = ('microbatches', 'devices')
+
+
 def mean_of_rows(params, batch, key):
   """A mean of means: what a row counts does not depend on its targets."""
   del key
@@ -99,7 +102,8 @@ def mean_of_rows(params, batch, key):
   ('loss', 'differing'),
   [
     (leaky, {'documents unpacked'}),
-    (mean_of_rows, {'2 microbatches', '4 microbatches', '8 microbatches'}),
+    # Each microbatch divides by itself, and so does each device.
+    (mean_of_rows, {f'{n} {of}' for n in (2, 4, 8) for of in PARTS}),
   ],
 )
 def test_what_depends_on_the_computation_is_found(loss, differing):

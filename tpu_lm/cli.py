@@ -33,9 +33,14 @@ def train(args: argparse.Namespace, overrides: list) -> int:
   with devices.connected(*of):
     config = _config(args, overrides)
     from tpu_lm import goodput, run
+    from tpu_lm.plan import compared
 
-    began = goodput.process_start() if args.is_process else None
-    run.execute(config, args.workdir, began=began)
+    run.execute(
+      config,
+      args.workdir,
+      began=goodput.process_start() if args.is_process else None,
+      expected=compared.expected(args.config),
+    )
   return 0
 
 

@@ -23,8 +23,11 @@ GROUPS: dict[str, dict[str, str]] = {
   'async_scatter': {
     'xla_enable_async_reduce_scatter_fusion': _YES,
     'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': _YES,
-    'xla_tpu_scoped_vmem_limit_kib': '24576',
+    'xla_tpu_scoped_vmem_limit_kib': '65536',
   },
+  # Room in the core's own memory for splash attention's backward pass by
+  # blocks of 2,048 keys: a tenth less time than with 1,024.
+  'wide_vmem': {'xla_tpu_scoped_vmem_limit_kib': '32768'},
   # Gathers, scatters and sums of gradients run on the SparseCores (v6e).
   'sparse_core': {
     'xla_tpu_enable_sparse_core_collective_offload_all_gather': _YES,
@@ -38,8 +41,9 @@ GROUPS: dict[str, dict[str, str]] = {
 # By JAX's device_kind.
 _CHOSEN = {
   'TPU v5 lite': ('whole_einsums', 'async_scatter'),
-  'TPU v6 lite': ('whole_einsums', 'sparse_core'),
+  'TPU v6 lite': ('whole_einsums', 'wide_vmem', 'sparse_core'),
 }
+_USUAL = ('whole_einsums', 'wide_vmem')
 
 
 def options(groups: str, device: jax.Device) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def options(groups: str, device: jax.Device) -> dict[str, Any]:
     return {}
   names = [name.strip() for name in groups.split(',') if name.strip()]
   if names == ['auto']:
-    names = _CHOSEN.get(device.device_kind, ('whole_einsums',))
+    names = _CHOSEN.get(device.device_kind, _USUAL)
   found = {}
   for name in names:
     if name not in GROUPS:

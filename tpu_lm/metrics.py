@@ -209,8 +209,12 @@ class Writer:
     if self._progress:
       self._progress.line(text)
 
-  def update(self, step: int, split: str, values: Mapping[str, Any]) -> None:
+  def update(
+    self, step: int, split: str, values: Mapping[str, Any]
+  ) -> dict[str, Any] | None:
     """Writes the line of a step, once: a line that is there stays as it is.
+
+    Returns the line, if it was written.
 
     Args:
       step: the step that the values belong to.
@@ -221,15 +225,16 @@ class Writer:
       UserError: the disk is full or read-only.
     """
     if self.has(step, split):
-      return
+      return None
     self._present.add((step, split))
     if not self._writes:
-      return
+      return None
     numbers = {name: _number(value) for name, value in values.items()}
     line = self.add(step, split, numbers | self._timing(step, split))
     if self._board:
       self._summarise(step, split, line)
     self._show(line)
+    return line
 
   def add(self, step: int, split: str, values: dict[str, Any]) -> dict:
     """Appends a line, whatever is there already; returns it."""

@@ -162,7 +162,8 @@ def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
   plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
   if by_path is None or not plain or free.get('tensor', 1) > 1:
     return None
-  dims = {by_path[name][-leaf.ndim :][0] for name, leaf in zip(names, leaves)}
+  pairs = zip(names, leaves, strict=True)
+  dims = {by_path[name][-leaf.ndim :][0] for name, leaf in pairs}
   if len(dims) > 1 or not (axes := dims.pop()):
     return None
   parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
@@ -173,7 +174,11 @@ def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
 def _gathered(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
   """The shards of `x` along `dim` put together."""
   x_DX, rest = _matrix(x, dim)
-  return _unmatrix(jax.lax.all_gather(x_DX, axes, tiled=True), rest, dim)
+  # Two rings of a torus go together; over three it would be an all-reduce.
+  for some in (axes[2:], axes[:2]):
+    if some:
+      x_DX = jax.lax.all_gather(x_DX, some, tiled=True)
+  return _unmatrix(x_DX, rest, dim)
 
 
 def _gathered_forward(x, axes, dim):
@@ -183,11 +188,13 @@ def _gathered_forward(x, axes, dim):
 def _gathered_backward(axes, dim, kept, grad):
   del kept
   grad_DX, rest = _matrix(grad, dim)
+  if target.platform() == 'cpu':  # XLA:CPU cannot scatter sums in 16 bits
+    grad_DX = grad_DX.astype(jnp.float32)
   # One ring at a time: only so it becomes a reduce-scatter on a torus.
   for axis in axes:
     grad_DX = _rows_apart(grad_DX)
     grad_DX = jax.lax.psum_scatter(grad_DX, axis, tiled=True)
-  return (_unmatrix(grad_DX, rest, dim),)
+  return (_unmatrix(grad_DX.astype(grad.dtype), rest, dim),)
 
 
 def _matrix(x: jax.Array, dim: int) -> tuple[jax.Array, tuple[int, ...]]:

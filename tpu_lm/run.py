@@ -43,12 +43,15 @@ from tpu_lm import (
 from tpu_lm.data import chat, loader, prepare
 from tpu_lm.errors import UserError
 from tpu_lm.phases import Phases
+from tpu_lm.plan import compared
 
 _TRACED = (5, 10)  # steps after the start between which a profile is traced
 
 
 class Run:
   """What one configuration does in one working directory."""
+
+  planned: Callable[[dict[str, Any]], None] | None = None  # sees lines
 
   def __init__(
     self,
@@ -300,7 +303,9 @@ class Run:
     self.stage.watch(values)
     if step % self.config.log_every == 0 or self._is_last(step):
       values['rows_crc'] = self.loader.crc(step - 1, rows)
-      self.writer.update(step, 'train', values)
+      line = self.writer.update(step, 'train', values)
+      if line and self.planned:
+        self.planned(line)
 
   @contextlib.contextmanager
   def aside(self, phase: str) -> Iterator[None]:
@@ -421,6 +426,7 @@ def execute(
   workdir: pathlib.Path,
   report: Callable[[str], None] = print,
   began: float | None = None,
+  expected: dict[str, Any] | None = None,
 ) -> dict[str, float]:
   """Trains to the last step or a signal; returns the last held-out figures.
 
@@ -429,6 +435,7 @@ def execute(
     workdir: where; it goes on from what is there.
     report: prints one line.
     began: when its time begins to count, by the monotonic clock; None: now.
+    expected: what `tpu_lm plan` has said of it; its first steps are compared.
   """
   began = time.monotonic() if began is None else began
   workdir = pathlib.Path(workdir)
@@ -444,6 +451,8 @@ def execute(
   ):
     phases.install()
     run = Run(config, workdir, phases, report, ledger)
+    if expected:
+      run.planned = compared.Watch(expected, run.writer.note)
     ledger.started()
     try:
       with jax.set_mesh(run.mesh):

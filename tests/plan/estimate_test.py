@@ -2,9 +2,16 @@ import types
 
 import made_plans
 import pytest
-from made_plans import PRODUCT_FLOPS, WHOLE_BYTES, done, gather, product, started
+from made_plans import (
+  PRODUCT_FLOPS,
+  WHOLE_BYTES,
+  done,
+  gather,
+  product,
+  started,
+)
 
-from tpu_lm.plan import chips, estimate
+from tpu_lm.plan import chips, estimate, programs
 
 POD = chips.find('v5e-256')
 PRODUCT = PRODUCT_FLOPS / POD.chip.flops
@@ -75,14 +82,8 @@ def test_a_budget_is_all_steps_on_all_chips():
 
 
 def test_bytes_of_a_program_count_donated_ones_once():
-  stats = types.SimpleNamespace(
-    argument_size_in_bytes=100,
-    output_size_in_bytes=60,
-    alias_size_in_bytes=50,
-    temp_size_in_bytes=30,
-    generated_code_size_in_bytes=5,
-  )
-  assert estimate.compiled_bytes(stats) == 145
+  memory = {'argument': 100, 'output': 60, 'alias': 50, 'temp': 30}
+  assert estimate.compiled_bytes(memory | {'generated_code': 5}) == 145
 
 
 def test_a_record_of_this_machines_devices():
@@ -105,4 +106,5 @@ def test_a_record_of_this_machines_devices():
 
 def test_the_compilers_version_is_told(monkeypatch):
   monkeypatch.setattr('importlib.metadata.version', lambda name: f'of {name}')
-  assert estimate.version().endswith('libtpu of libtpu')
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+  assert programs.version() == 'jax of jax, libtpu of libtpu'

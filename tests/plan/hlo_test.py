@@ -6,7 +6,9 @@ from tpu_lm.plan import hlo
 
 def one(line: str) -> hlo.Op:
   """The first instruction of the entry."""
-  found = hlo.parse(f'HloModule m\n\nENTRY %e.1 (p: s32[]) -> s32[] {{\n{line}\n}}')
+  found = hlo.parse(
+    f'HloModule m\n\nENTRY %e.1 (p: s32[]) -> s32[] {{\n{line}\n}}'
+  )
   return found.computations['e.1'][0]
 
 
@@ -34,8 +36,8 @@ def test_what_is_no_program_is_refused():
 def test_a_tuple_has_its_arrays_and_where_they_lie():
   op = one(
     '  ROOT %fusion.2 = (f32[]{:T(128)}, bf16[1,8192]{1,0:T(1,128)(2,1)S(1)}, '
-    's4[6]{0:T(8,128)S(5)}, /*index=3*/pred[3]{0}) fusion(%a.1, /*index=1*/%b), '
-    'kind=kLoop, calls=%fused.1'
+    's4[6]{0:T(8,128)S(5)}, /*index=3*/pred[3]{0}) fusion(%a.1, '
+    '/*index=1*/%b), kind=kLoop, calls=%fused.1'
   )
   assert [a.dtype for a in op.results] == ['f32', 'bf16', 's4', 'pred']
   assert [a.shape for a in op.results] == [(), (1, 8192), (6,), (3,)]
@@ -104,16 +106,30 @@ def flops(left: str, right: str, product: str) -> float:
   ('left', 'right', 'out', 'labels', 'expected'),
   [
     # [T,D] x [D,F]
-    ('bf16[64,32]', 'bf16[32,48]', 'bf16[64,48]', 'bf_io->bf', 2 * 64 * 32 * 48),
+    (
+      'bf16[64,32]',
+      'bf16[32,48]',
+      'bf16[64,48]',
+      'bf_io->bf',
+      2 * 64 * 32 * 48,
+    ),
     # [T,D] x [V,D]
     ('bf16[64,32]', 'bf16[50,32]', 'f32[64,50]', 'bf_oi->bf', 2 * 64 * 32 * 50),
     # gradient of a weight: [T,V] x [T,D], over T
     ('bf16[64,50]', 'bf16[64,32]', 'f32[50,32]', 'fb_io->bf', 2 * 64 * 50 * 32),
     # the result lies the other way round
-    ('bf16[64,32]', 'bf16[32,48]', 'bf16[48,64]', 'bf_io->fb', 2 * 64 * 32 * 48),
+    (
+      'bf16[64,32]',
+      'bf16[32,48]',
+      'bf16[48,64]',
+      'bf_io->fb',
+      2 * 64 * 32 * 48,
+    ),
   ],
 )
-def test_products_are_spelled_as_convolutions(left, right, out, labels, expected):
+def test_products_are_spelled_as_convolutions(
+  left, right, out, labels, expected
+):
   line = f'  %c.1 = {out}{{1,0}} convolution(%l.1, %r.1), dim_labels={labels}'
   assert flops(left, right, line) == expected
 

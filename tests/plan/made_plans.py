@@ -50,7 +50,9 @@ def product(name: str, x: str = 'x.1', w: str = 'w.1') -> str:
   )
 
 
-def gather(name: str, groups: str = f'{{{ROW}}}', operand: str = 'own.1') -> str:
+def gather(
+  name: str, groups: str = f'{{{ROW}}}', operand: str = 'own.1'
+) -> str:
   """One that is waited for."""
   return (
     f'  %{name} = {WHOLE} all-gather(%{operand}), channel_id=1, '

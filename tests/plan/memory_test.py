@@ -131,9 +131,7 @@ def test_experts_count_as_many_as_a_token_uses():
 
 
 def test_bytes_of_an_array_are_those_of_one_device():
-  mesh = programs.assemble(
-    made_plans.config(fsdp=8), made_plans.devices()
-  ).mesh
+  mesh = programs.assemble(made_plans.config(fsdp=8), made_plans.devices()).mesh
   place = jax.NamedSharding(mesh, jax.P('fsdp'))
   x = jax.ShapeDtypeStruct((16, 3), 'float32', sharding=place)
   assert memory.num_bytes({'x': x}) == 2 * 3 * 4

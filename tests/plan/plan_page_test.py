@@ -1,49 +1,12 @@
-import html.parser
 import re
 
 import made_plans
 import pytest
+from html_page import Page
 
 from tpu_lm.plan import estimate, gantt, page
 
 HOSTILE = '</script><img src=x onerror=alert(1)>"\'&{0}{name}%s'
-_VOID = {'meta', 'link', 'br', 'wbr'}
-
-
-class Page(html.parser.HTMLParser):
-  """Tags with their attributes; what is not closed in order is an error."""
-
-  def __init__(self, text):
-    super().__init__(convert_charrefs=True)
-    self.tags, self.words, self.open = [], [], []
-    self.feed(text)
-    self.close()
-    assert not self.open, self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-    self.open += [] if tag in _VOID else [tag]
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append((tag, dict(attrs)))
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if self.open and self.open[-1] not in ('style', 'script'):
-      self.words.append(data)
-
-  @property
-  def text(self):
-    return re.sub(r'\s+', ' ', ' '.join(self.words))
-
-  def all(self, tag, kind=''):
-    return [
-      attrs
-      for name, attrs in self.tags
-      if name == tag and kind in attrs.get('class', '').split() + ['']
-    ]
 
 
 def shown(record):
@@ -123,9 +86,11 @@ def test_time_is_a_bar_of_what_it_goes_to():
 
 
 def test_collectives_are_told_by_kind():
-  text = shown(made_plans.record()).text
-  assert 'all-gather over links 1,234 4.000 GB 75% 50 ms' in text
-  assert 'all-reduce over slices 1 1.000 GB 0% 1 s' in text
+  record = made_plans.record()
+  record['collectives'][1]['bytes'] = 1.5e7
+  text = shown(record).text
+  assert 'all-gather over links 1,234 4 GB 75% 50 ms' in text
+  assert 'all-reduce over slices 1 15 MB 0% 1 s' in text
   assert 'within loops, 75% are asynchronous' in text
   assert 'No collectives.' in shown(made_plans.record(collectives=[])).text
 
@@ -201,9 +166,7 @@ def test_nothing_of_a_record_becomes_part_of_the_page():
   )  # fmt: skip
   record['timeline'][0] |= {'name': HOSTILE, 'loop': HOSTILE, 'kind': HOSTILE}
   record['collectives'][0]['kind'] = HOSTILE
-  record['programs'] = [
-    {'program': HOSTILE, 'fits': False, 'refusal': HOSTILE}
-  ]
+  record['programs'] = [{'program': HOSTILE, 'fits': False, 'refusal': HOSTILE}]
   found = shown(record)
   assert not found.all('img')
   assert len(found.all('script')) == 1

@@ -49,7 +49,8 @@ def test_a_product_takes_its_flops_at_the_peak():
 def test_a_narrow_product_takes_its_traffic_and_is_bound_by_it():
   narrow = (
     '  %v.1 = bf16[1,4096]{1,0} parameter(3)\n'
-    '  %a.1 = bf16[1,14336]{1,0} convolution(%v.1, %w.1), dim_labels=bf_io->bf\n'
+    '  %a.1 = bf16[1,14336]{1,0} convolution(%v.1, %w.1), '
+    'dim_labels=bf_io->bf\n'
   )
   found = cost(narrow)
   moved = 2 * (4096 + 14336 + 4096 * 14336)

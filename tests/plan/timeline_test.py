@@ -1,6 +1,13 @@
 import made_plans
 import pytest
-from made_plans import PRODUCT_FLOPS, WHOLE_BYTES, done, gather, product, started
+from made_plans import (
+  PRODUCT_FLOPS,
+  WHOLE_BYTES,
+  done,
+  gather,
+  product,
+  started,
+)
 
 from tpu_lm.plan import chips, timeline
 

@@ -59,6 +59,15 @@ def test_of_a_stack_only_the_layer_is_read():
   assert moved(f'{LAYER} {CALL}', others) == 3 * SIZE + 4
 
 
+def test_a_stack_by_another_name_is_the_same():
+  others = fused(
+    f'%b.1 = {STACK} bitcast(%p.0)',
+    SLICE.replace('%p.0', '%b.1'),
+    f'ROOT %a.1 = {LAYER} add(%d.1, %p.2)',
+  )
+  assert moved(f'{LAYER} {CALL}', others) == 3 * SIZE + 4
+
+
 def test_of_a_stack_only_the_layer_is_written():
   assert moved(f'{STACK} {CALL}', fused(f'ROOT {UPDATE}')) == 2 * SIZE + 4
 
@@ -74,7 +83,9 @@ def test_a_written_layer_is_found_through_other_names_and_tuples():
 
 
 def test_a_slice_within_a_nested_fusion_is_one():
-  others = fused(SLICE.replace('%d.1', 'ROOT %d.1')).replace('fused.1', 'deep.1')
+  others = fused(SLICE.replace('%d.1', 'ROOT %d.1')).replace(
+    'fused.1', 'deep.1'
+  )
   others += fused(
     f'%f.1 = {LAYER} fusion(%p.0, %p.1, %p.2), kind=kLoop, calls=%deep.1',
     f'ROOT %n.1 = {LAYER} negate(%f.1)',

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from made_runs import Page, heldout, make_run, train
+from html_page import Page
+from made_runs import heldout, make_run, train
 
 from tpu_lm import report
 from tpu_lm.errors import UserError

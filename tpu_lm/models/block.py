@@ -42,29 +42,19 @@ class Block(nn.Module):
   def dtype(self) -> jnp.dtype:
     return jnp.dtype(self.config.dtype)
 
-  def matrix(
-    self,
-    name: str,
-    shape: tuple[int, ...],
-    output: bool = False,
-    keep: tuple[str, ...] = (),
-  ):
-    """A weight, gathered.
+  def matrix(self, name: str, shape: tuple[int, ...], output: bool = False):
+    """A weight, gathered; `output` ones write to the residual stream."""
+    found = self.weight(name, shape, output)
+    return per_device.whole('/'.join((*self.path, name)), found, self.dtype)
 
-    Args:
-      name: of the parameter.
-      shape: of it.
-      output: whether it writes to the residual stream.
-      keep: mesh axes that go on sharing it out.
-    """
+  def weight(self, name: str, shape: tuple[int, ...], output: bool = False):
+    """The same, as it is held."""
     config = self.config
     if output and config.zero_init_output:
       init = nn.initializers.zeros
     else:
       init = nn.initializers.normal(config.init_std)
-    path = '/'.join((*self.path, name))
-    found = held(self, name, init, shape)
-    return per_device.whole(path, found, self.dtype, keep)
+    return held(self, name, init, shape)
 
   def joined(self, shapes: dict[str, tuple[int, ...]]) -> jax.Array | None:
     """Weights of the same inputs as one matrix, or None (per_device.py)."""

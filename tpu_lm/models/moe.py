@@ -124,13 +124,15 @@ class Moe(Block):
     x_BLD = jnp.where(real_BL[..., None], x_BLD, 0)
     h_BLD = self.normed('norm', x_BLD)
     ids_BLK, gates_BLK, figures = self._routed(h_BLD, real_BL)
-    keep = ('expert',)
-    matrices = (
-      self.matrix('gate', (count, dim, hidden), keep=keep),
-      self.matrix('up', (count, dim, hidden), keep=keep),
-      self.matrix('down', (count, hidden, dim), output=True, keep=keep),
-    )
-    matrices = jax.tree.map(lambda x: x.astype(self.dtype), matrices)
+    matrices = {
+      'gate': self.weight('gate', (count, dim, hidden)),
+      'up': self.weight('up', (count, dim, hidden)),
+      'down': self.weight('down', (count, hidden, dim), output=True),
+    }
+    matrices = {
+      '/'.join((*self.path, name)): leaf.astype(self.dtype)
+      for name, leaf in matrices.items()
+    }
     act = ACTIVATIONS[config.activation]
     if drops and config.moe_form == 'capacity':
       slots_BLK, capacity = _slots(ids_BLK, config)
@@ -264,7 +266,7 @@ def tell(config: Any, figures_N: dict[str, tuple]) -> None:
 
 
 def _by_device(
-  form: Callable, columns: tuple, matrices: Matrices, by_hand: bool
+  form: Callable, columns: tuple, matrices: dict[str, Any], by_hand: bool
 ) -> jax.Array:
   """`form(*columns, matrices)`, each device on its own rows.
 
@@ -272,24 +274,35 @@ def _by_device(
     form: of rows that need no others; is told whether those of the devices
       that share out experts differ.
     columns: [B, L, …].
-    matrices: of the experts; those of this device where its rows are.
+    matrices: of the experts, as they are held, by their paths.
     by_hand: whether positions are independent, too, and the partitioner cannot
       divide the products.
   """
   mesh = jax.sharding.get_abstract_mesh()
   free = sharding.free_axes(mesh) if mesh.size > 1 else {}
+  if not by_hand:  # XLA refuses regions of nothing but axes of size 1
+    free = {axis: size for axis, size in free.items() if size > 1}
   rows = sharding.rows_over(mesh) if free else ()
   rows = tuple(axis for axis in rows if axis in free)
   num_rows, length = columns[0].shape[:2]
   if num_rows % math.prod(free[axis] for axis in rows):
     rows = ()  # a prompt or two: the same on all devices
-  form = functools.partial(
-    form, differ='expert' in rows or 'expert' not in free
-  )
+  differ = 'expert' in rows or 'expert' not in free
+
+  def run(*given):
+    *columns, leaves = given
+    # Here, where each device has its own hidden units: gathered before, they
+    # would be the partitioner's, which gathers them, too.
+    whole = tuple(
+      per_device.whole(path, leaf, keep=('expert',))
+      for path, leaf in zip(matrices, leaves, strict=True)
+    )
+    return form(*columns, whole, differ=differ)
+
   # A Pallas call wants all axes, those of size 1 as well.
   axes = set(free) if by_hand else set(rows)
   if not axes:
-    return form(*columns, matrices)
+    return run(*columns, tuple(matrices.values()))
   across = 'sequence' if 'sequence' in axes else None
   if across and length % free[across]:
     across = None
@@ -297,12 +310,12 @@ def _by_device(
   expert, hidden = (a if a in axes else None for a in ('expert', 'tensor'))
   outer, inner = P(expert, None, hidden), P(expert, hidden, None)
   return jax.shard_map(
-    form,
+    run,
     in_specs=(*(place for _ in columns), (outer, outer, inner)),
     out_specs=place,
     axis_names=axes,
     check_vma=False,
-  )(*columns, matrices)
+  )(*columns, tuple(matrices.values()))
 
 
 def _num_parts(axis: str) -> int:

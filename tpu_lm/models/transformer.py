@@ -100,7 +100,8 @@ class Config:
     for key in (
       'vocab_size', 'num_kv_heads', 'head_dim', 'max_length', 'window',
       'rope_local_theta', 'rope_original_length', 'rope_attention_factor',
-      'query_scale', 'loss_chunk', 'attention_soft_cap', 'logit_soft_cap', 'init_std',
+      'query_scale', 'loss_chunk', 'attention_soft_cap', 'logit_soft_cap',
+      'init_std',
       'num_experts', 'expert_hidden_dim', 'shared_experts', 'balance_loss',
       'router_z_loss',
     ):  # fmt: skip

@@ -4,14 +4,23 @@ The records are kept beside the configuration, in NAME.plan/: a JSON file and a
 page a topology, with which `train` compares its first steps.
 """
 
-import json
 import pathlib
 from typing import Any
 
 from tpu_lm import config as configs
 from tpu_lm import workdir as workdirs
 from tpu_lm.errors import UserError
-from tpu_lm.plan import chips, estimate, page, search, stages, table, topology
+from tpu_lm.plan import (
+  chips,
+  estimate,
+  files,
+  page,
+  programs,
+  search,
+  stages,
+  table,
+  topology,
+)
 
 
 def plan(
@@ -41,7 +50,7 @@ def plan(
   """
   config = configs.load(spec, overrides)
   wanted = [chips.find(name) for name in names]
-  folder = to or beside(spec)
+  folder = to or files.beside(spec)
   records = []
   for one in wanted:
     devices = topology.devices(one)
@@ -57,7 +66,7 @@ def plan(
         )
     else:
       record = estimate.update(config, one, devices)
-    record |= {'config': spec, 'versions': estimate.version()}
+    record |= {'config': spec, 'versions': programs.version()}
     record['overrides'] = record.get('overrides', {}) | dict(overrides)
     if price and record['fits']:
       record['price'] = price * record['chip_hours']
@@ -69,22 +78,9 @@ def plan(
   return all(record['fits'] for record in records)
 
 
-def beside(spec: str) -> pathlib.Path:
-  """configs/a.plan for configs/a.py, configs/a_tiny.plan for a.py:tiny."""
-  path, variant = configs.split_spec(spec)
-  stem = path.stem + (f'_{variant}' if variant else '')
-  return path.with_name(f'{stem}.plan')
-
-
 def write(record: dict[str, Any], folder: pathlib.Path) -> None:
   """Writes a record and its page."""
   workdirs.make(folder)
-  path = folder / f'{record["topology"].replace(":", "_")}.json'
+  path = files.path_of(folder, record['topology'])
   workdirs.write_json(path, record)
   path.with_suffix('.html').write_text(page.of(record))
-
-
-def read(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
-  """The record of a topology; None: it was not planned."""
-  path = folder / f'{name.replace(":", "_")}.json'
-  return json.loads(path.read_text()) if path.is_file() else None

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 from tpu_lm import compiler, flops
 from tpu_lm.plan import columns, hlo, memory, programs, schedule, timeline
 from tpu_lm.plan.chips import Topology
@@ -67,15 +65,9 @@ def described(config: Any, topology: Topology, mesh: Any) -> dict:
   }
 
 
-def compiled_bytes(stats: Any) -> float:
+def compiled_bytes(memory: dict[str, int]) -> float:
   """The most that a device holds while the program runs."""
-  return (
-    stats.argument_size_in_bytes
-    + stats.output_size_in_bytes
-    - stats.alias_size_in_bytes
-    + stats.temp_size_in_bytes
-    + stats.generated_code_size_in_bytes
-  )
+  return sum(memory.values()) - 2 * memory['alias']
 
 
 def time_of(text: str, topology: Topology, tokens: int, count: float) -> dict:
@@ -144,10 +136,3 @@ def budget(record: dict, config: Any, topology: Topology) -> dict:
     'days': seconds / _HOUR / 24,
     'chip_hours': seconds / _HOUR * topology.size,
   }
-
-
-def version() -> str:
-  """Of what the figures depend on."""
-  from importlib import metadata
-
-  return f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}'

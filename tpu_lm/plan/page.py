@@ -13,6 +13,7 @@ from tpu_lm.report.markup import code, figure, html, join, number, spell, table
 
 _GIB = 2**30
 _STYLE = pathlib.Path(__file__).with_name('page.css')
+_SIZES = ((1e12, 'TB'), (1e9, 'GB'), (1e6, 'MB'), (1e3, 'kB'))
 # What the parts of the analytic model are (memory.py).
 _PARTS = {
   'parameters': 'the weights that a device holds',
@@ -108,6 +109,12 @@ def _gib(num_bytes: float) -> str:
   return f'{num_bytes / _GIB:.2f} GiB'
 
 
+def _size(num_bytes: float) -> str:
+  """'27.8 GB', '134 MB', '2.1 kB'."""
+  scale, unit = next((one for one in _SIZES if num_bytes >= one[0]), _SIZES[-1])
+  return f'{num_bytes / scale:,.3g} {unit}'
+
+
 def _memory(record: dict[str, Any]) -> Markup:
   """The analytic model and the compiler's figure, against what there is."""
   bars = record['memory']
@@ -188,7 +195,7 @@ def _schedule(record: dict[str, Any]) -> Markup:
     (
       f'{one["kind"]} over {one["over"]}',
       number(one['count'], 'count'),
-      f'{one["bytes"] / 1e9:,.3f} GB',
+      _size(one['bytes']),
       f'{one["overlapped_bytes"] / (one["bytes"] or 1):.0%}',
       gantt.spoken(one['seconds']),
     )

@@ -4,6 +4,7 @@ They are those of `train`: the same network, loss, optimizer, mesh and update.
 """
 
 import functools
+import importlib.util
 import time
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from tpu_lm import (
   weights,
 )
 from tpu_lm.errors import UserError
-from tpu_lm.plan import columns
+from tpu_lm.plan import columns, remembered
 
 
 class Parts(NamedTuple):
@@ -40,7 +41,7 @@ class Parts(NamedTuple):
 class Compiled(NamedTuple):
   """A program of the compiler's, or why there is none."""
 
-  memory: Any  # bytes by kind; None: it does not fit
+  memory: dict[str, int] | None  # bytes by kind; None: it does not fit
   text: str  # the schedule
   seconds: float  # that the compilation took
   refusal: str = ''
@@ -87,16 +88,35 @@ def compiled(
   function: Any, arguments: tuple, mesh: Any, flags: dict[str, Any]
 ) -> Compiled:
   """Compiles a jitted function of shapes for the devices of a mesh."""
-  begin = time.perf_counter()
   with target.planned(mesh.devices.flat[0]), jax.set_mesh(mesh):
     lowered = function.lower(*arguments)
-    try:
-      made = lowered.compile(compiler_options=flags)
-    except jax.errors.JaxRuntimeError as error:
-      took = time.perf_counter() - begin
-      return Compiled(None, '', took, _refusal(str(error)))
-  took = time.perf_counter() - begin
-  return Compiled(made.memory_analysis(), made.as_text(), took)
+    name = remembered.key(lowered, mesh, flags, version())
+    found = remembered.find(name)
+    if found is None:
+      found = _compiled(lowered, flags)
+      remembered.keep(name, found)
+  return Compiled(**found)
+
+
+def _compiled(lowered: Any, flags: dict[str, Any]) -> dict[str, Any]:
+  """The fields of `Compiled`."""
+  begin = time.perf_counter()
+  found = {'memory': None, 'text': '', 'refusal': ''}
+  try:
+    made = lowered.compile(compiler_options=flags)
+    found['memory'] = remembered.memory_of(made.memory_analysis())
+    found['text'] = made.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    found['refusal'] = _refusal(str(error))
+  return found | {'seconds': time.perf_counter() - begin}
+
+
+def version() -> str:
+  """Of the compiler."""
+  from importlib import metadata
+
+  names = [n for n in ('jax', 'libtpu') if importlib.util.find_spec(n)]
+  return ', '.join(f'{name} {metadata.version(name)}' for name in names)
 
 
 def _refusal(text: str) -> str:

@@ -14,8 +14,10 @@ from tpu_lm.errors import UserError
 from tpu_lm.plan.chips import Topology
 
 # Before JAX is imported: no TPU is looked for, and the compiler may be loaded
-# by several processes at once.
+# by several processes at once. A program that was kept cannot be read back
+# without its devices.
 _ENVIRONMENT = {
+  'JAX_ENABLE_COMPILATION_CACHE': '0',
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_STDERR_LOG_LEVEL': '3',

@@ -1,0 +1,172 @@
+"""Plans by the TPU compiler, as a shell runs them."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from html_page import Page
+
+from tpu_lm.plan import chips, hlo, schedule
+
+pytestmark = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None,
+  reason="needs the TPU compiler: pip install 'tpu_lm[plan]'",
+)
+
+CONFIG = """
+from tpu_lm import config as configs
+
+
+def get_config(variant=''):
+  config = configs.base()
+  config.steps = 1000
+  config.batch_size = {rows}
+  config.data.length = {length}
+  config.data.vocab_size = {vocab}
+  config.model_name = 'llama'
+  config.model.num_layers = {layers}
+  config.model.dim = {dim}
+  config.model.num_heads = {heads}
+  config.model.num_kv_heads = {kv_heads}
+  config.model.hidden_dim = {hidden}
+  config.model.dtype = 'bfloat16'
+  config.model.remat = 'full'
+  config.model.loss_chunk = {chunk}
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  return config
+"""
+TINY = {
+  'rows': 8,
+  'length': 256,
+  'vocab': 1024,
+  'layers': 2,
+  'dim': 256,
+  'heads': 2,
+  'kv_heads': 1,
+  'hidden': 512,
+  'chunk': 0,
+}
+BILLION = {
+  'rows': 16,
+  'length': 4096,
+  'vocab': 65_536,
+  'layers': 16,
+  'dim': 2048,
+  'heads': 16,
+  'kv_heads': 8,
+  'hidden': 5632,
+  'chunk': 1024,
+}
+
+
+def planned(folder, topology, timeout, *given, **shape):
+  """Runs `tpu_lm plan`, which keeps the schedule that the compiler makes."""
+  path = folder / 'mine.py'
+  path.write_text(CONFIG.format(**shape))
+  kept = {'JAX_COMPILATION_CACHE_DIR': str(folder / 'kept' / 'xla')}
+  return subprocess.run(
+    [sys.executable, '-m', 'tpu_lm', 'plan', f'--config={path}',
+     f'--topology={topology}', *given],
+    capture_output=True, text=True, check=False, timeout=timeout,
+    env=os.environ | kept,
+  )  # fmt: skip
+
+
+def collectives(folder, topology):
+  (path,) = folder.glob('kept/plans/*.json.gz')
+  text = json.loads(gzip.decompress(path.read_bytes()))['text']
+  program = hlo.parse(text)
+  return schedule.cost(program, chips.find(topology)).collectives
+
+
+def num_bytes(found, kind):
+  """Received within loops, by a device and a step."""
+  return sum(
+    one.num_bytes * one.times
+    for one in found
+    if one.in_loop and one.kind == kind
+  )
+
+
+def check_schedule(folder, topology, shape):
+  """Weights are gathered, gradients scattered, the head gathered once."""
+  found = collectives(folder, topology)
+  size = chips.find(topology).size
+  dim, head_size = shape['dim'], 128
+  outputs = shape['heads'] * head_size * 2 + shape['kv_heads'] * head_size * 2
+  layer = 2 * dim * (outputs + 3 * shape['hidden'])  # bfloat16
+  arrives = shape['layers'] * layer * (size - 1) / size
+  # Forward, and again for the backward pass; some are padded to whole tiles.
+  gathered = num_bytes(found, 'all-gather')
+  assert gathered == pytest.approx(2 * arrives, rel=0.03)
+  scattered = num_bytes(found, 'reduce-scatter')
+  assert scattered == pytest.approx(arrives, rel=0.03)
+  least = 2 * dim * shape['kv_heads'] * head_size
+  assert all(
+    one.num_bytes < least
+    for one in found
+    if one.in_loop and one.kind == 'all-reduce'
+  )
+  head = 2 * dim * shape['vocab'] * (size - 1) / size
+  whole = [
+    one for one in found if one.kind == 'all-gather' and one.num_bytes >= head
+  ]
+  assert [(one.times, one.in_loop) for one in whole] == [(1, False)]
+
+
+def check_kept(folder, done, topology, shape):
+  """What is printed, the record and the page."""
+  assert done.returncode == 0, done.stderr
+  assert 'Warning' not in done.stderr
+  assert 'no measurement' in done.stdout
+  name = topology.replace(':', '_')
+  record = json.loads((folder / f'mine.plan/{name}.json').read_text())
+  assert record['fits']
+  assert 0 < record['mfu'] < 1
+  assert sum(record['by'].values()) == pytest.approx(record['seconds'])
+  loops = {(one['loop'], one['times']) for one in record['timeline']}
+  ways = ('forward', 'backward')
+  assert loops >= {(f'Layers, {way}', shape['layers']) for way in ways}
+  page = Page((folder / f'mine.plan/{name}.html').read_text())
+  assert f'mine.py on {topology}' in page.text
+  assert len(page.all('svg')) == len(loops)
+  return record
+
+
+def test_a_small_network_is_planned_for_four_chips(tmp_path):
+  done = planned(tmp_path, 'v5e:2x2', 240, '--price=1.2', **TINY)
+  record = check_kept(tmp_path, done, 'v5e:2x2', TINY)
+  again = planned(tmp_path, 'v5e:2x2', 60, '--price=1.2', **TINY)
+  assert again.stdout == done.stdout  # without the compiler
+  assert record['mesh'] == {'fsdp': 2, 'fsdp_y': 2}
+  assert record['price'] == pytest.approx(1.2 * record['chip_hours'])
+  check_schedule(tmp_path, 'v5e:2x2', TINY)
+
+
+def test_what_cannot_be_is_one_line(tmp_path):
+  for topology, said in (
+    ('v5e-9', '--topology=v5e-9: unknown'),
+    ('v5e:3x5', '--topology=v5e:3x5: '),  # what the compiler says
+  ):
+    done = planned(tmp_path, topology, 120, **TINY)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f'error: {said}')
+    assert done.stderr.count('\n') == 1
+  assert not (tmp_path / 'mine.plan').exists()
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_are_planned_for_sixteen_chips(tmp_path):
+  """Two minutes of a quiet core."""
+  done = planned(tmp_path, 'v5e:4x4', 1500, **BILLION)
+  record = check_kept(tmp_path, done, 'v5e:4x4', BILLION)
+  memory = record['memory']
+  assert memory['analytic'] == pytest.approx(memory['compiled'], rel=0.15)
+  assert record['mfu'] > 0.35
+  assert record['bound'] == 'matmul'
+  check_schedule(tmp_path, 'v5e:4x4', BILLION)

@@ -1,0 +1,62 @@
+"""Programs that were compiled before: to plan again takes seconds, not minutes.
+
+Kept in the folder `plans` beside JAX's own cache (which cannot read back a
+program without its devices): the schedule's text, memory and time, by the
+program that was asked for, its devices, options and the compiler's version.
+"""
+
+import gzip
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+from tpu_lm import devices, workdir
+
+_FIELDS = ('argument', 'output', 'alias', 'temp', 'generated_code')
+
+
+def key(lowered: Any, mesh: Any, options: dict[str, Any], version: str) -> str:
+  """Of a program: its text, and all that its compilation depends on."""
+  about = [
+    version,
+    sorted(options.items()),
+    list(mesh.shape.items()),
+    [str(device) for device in mesh.devices.flat],
+    mesh.devices.flat[0].device_kind,
+    len({getattr(d, 'slice_index', 0) for d in mesh.devices.flat}),
+  ]
+  digest = hashlib.sha256(json.dumps(about).encode())
+  digest.update(lowered.as_text().encode())
+  return digest.hexdigest()[:32]
+
+
+def find(name: str) -> dict[str, Any] | None:
+  """{memory, text, seconds, refusal}; None: not compiled before."""
+  path = _path(name)
+  try:
+    return json.loads(gzip.decompress(path.read_bytes()))
+  except (OSError, ValueError, EOFError):
+    return None  # missing, or torn: it is compiled again
+
+
+def keep(name: str, record: dict[str, Any]) -> None:
+  """Writes what `find` gives; where it cannot, the next plan takes longer."""
+  path = _path(name)
+  try:
+    workdir.make(path.parent)
+    text = json.dumps(record).encode()
+    temporary = path.with_suffix('.tmp')
+    temporary.write_bytes(gzip.compress(text, 6))
+    temporary.replace(path)
+  except OSError:
+    return
+
+
+def memory_of(stats: Any) -> dict[str, int]:
+  """Bytes by kind, of `compiled.memory_analysis()`."""
+  return {name: getattr(stats, f'{name}_size_in_bytes') for name in _FIELDS}
+
+
+def _path(name: str) -> pathlib.Path:
+  return devices.compilation_cache().parent / 'plans' / f'{name}.json.gz'
