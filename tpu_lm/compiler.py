@@ -28,9 +28,12 @@ GROUPS: dict[str, dict[str, str]] = {
   # Room in the core's own memory for splash attention's backward pass by
   # blocks of 2,048 keys: a tenth less time than with 1,024.
   'wide_vmem': {'xla_tpu_scoped_vmem_limit_kib': '32768'},
-  # Gathers, scatters and sums of gradients run on the SparseCores (v6e).
+  # Gathers, scatters and sums of gradients run on the SparseCores (v5p, v6e):
+  # all of them beside the products, none of them otherwise.
   'sparse_core': {
     'xla_tpu_enable_sparse_core_collective_offload_all_gather': _YES,
+    'xla_tpu_enable_sparse_core_collective_offload_2d_all_gather': _YES,
+    'xla_tpu_enable_sparse_core_collective_offload_3d_all_gather': _YES,
     'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': _YES,
     'xla_tpu_enable_sparse_core_collective_offload_all_reduce': _YES,
     'xla_tpu_enable_all_gather_offload_tracing': _YES,
@@ -41,6 +44,7 @@ GROUPS: dict[str, dict[str, str]] = {
 # By JAX's device_kind.
 _CHOSEN = {
   'TPU v5 lite': ('whole_einsums', 'async_scatter'),
+  'TPU v5': ('whole_einsums', 'wide_vmem', 'sparse_core'),
   'TPU v6 lite': ('whole_einsums', 'wide_vmem', 'sparse_core'),
 }
 _USUAL = ('whole_einsums', 'wide_vmem')

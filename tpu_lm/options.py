@@ -146,7 +146,9 @@ PLAN = (
     '--price', 'of a chip for an hour', type=number(float, 0), default=0.0
   ),
   option(
-    '--to', 'a folder; by default beside the configuration', type=path,
+    '--to',
+    'a folder; by default beside the configuration',
+    type=path,
     default=None,
   ),
 )

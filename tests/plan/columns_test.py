@@ -2,6 +2,8 @@ import jax
 import made_plans
 import pytest
 
+from tpu_lm import sharding
+from tpu_lm.errors import UserError
 from tpu_lm.plan import columns, programs
 
 
@@ -58,3 +60,22 @@ def test_tokens_are_those_that_the_network_reads(name, options, tokens):
   assert columns.num_tokens(found) == tokens
   for column in found.values():
     assert column.sharding.shard_shape(column.shape)[0] * 8 == column.shape[0]
+
+
+def test_a_teachers_columns_are_those_that_are_kept():
+  config = staged('distill', top_k=4)
+  found = columns.batch(config, sharding.make_mesh(config.mesh))
+  shape = config.batch_size, config.data.length
+  assert found['teacher_ids'].shape == (*shape, 4)
+  assert found['teacher_logps'].shape == (*shape, 5)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'message'),
+  [('', r'stage\.top_k=0'), ('prompts', r'stage_name=distill')],
+)
+def test_a_plan_opens_no_teacher(rows, message):
+  config = staged('distill')
+  config.data.rows = rows
+  with pytest.raises(UserError, match=message):
+    columns.batch(config, sharding.make_mesh(config.mesh))

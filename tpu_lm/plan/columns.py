@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from tpu_lm import rollouts, sharding, stage
 from tpu_lm.buckets import room_for
+from tpu_lm.errors import UserError
 
 _TOKENS = ('tokens', 'segment_ids', 'positions')
 _KEPT_BY_RECORD = 16  # records that a packed row is taken to hold
@@ -22,6 +23,11 @@ _VALUES = {'pairs': 'margins', 'rated': 'scores', 'scored': 'scores'}
 def batch(config: Any, mesh: Any) -> dict[str, jax.ShapeDtypeStruct]:
   """The columns that the update of this configuration reads."""
   kind = stage.rows_of(config)
+  if kind == 'prompts' and config.stage_name == 'distill':
+    raise UserError(
+      'stage_name=distill: is planned on rows that were prepared, not on its '
+      'own answers; leave data.rows out'
+    )
   columns = _sampled(config) if kind == 'prompts' else _prepared(config, kind)
   place = NamedSharding(mesh, P(sharding.rows_over(mesh)))
   return {
@@ -49,7 +55,23 @@ def _prepared(config: Any, kind: str) -> dict:
     columns[_VALUES[kind]] = slots, np.float32
   if kind == 'rated':
     columns['reference_point'] = (count,), np.float32
+  if config.stage_name == 'distill':
+    columns |= _taught(config, count, length)
   return columns
+
+
+def _taught(config: Any, count: int, length: int) -> dict:
+  """What is kept of a teacher."""
+  top_k = config.stage.get('top_k', 0)
+  if not top_k:
+    raise UserError(
+      'stage.top_k=0: a plan does not open the teacher; set stage.top_k to how '
+      'many of its likeliest tokens are kept'
+    )
+  return {
+    'teacher_ids': ((count, length, top_k), np.int32),
+    'teacher_logps': ((count, length, top_k + 1), np.float32),
+  }
 
 
 def _sampled(config: Any) -> dict:

@@ -29,6 +29,8 @@ _FREE = (
   'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier',
 )  # fmt: skip
 _AWAY = ('copy-start', 'slice-start')  # to or from the device's memory
+# Run beside the core: by the links alone, or by a SparseCore.
+_BESIDE = ('async-start', 'call-start')
 
 
 class Collective(NamedTuple):
@@ -189,7 +191,7 @@ class _Reader:
     if kind in KINDS:
       is_async = op.kind.endswith('-start')
       return self._made(kind, op, op, is_async, index), ()
-    if op.kind == 'async-start' or (op.kind == 'fusion' and op.called):
+    if op.kind in _BESIDE or (op.kind == 'fusion' and op.called):
       inner = [one for name in op.called for one in self._inside(name, set())]
       found = next((one for one in inner if one.kind in KINDS), None)
       targets = {one.target for one in inner}
@@ -197,7 +199,7 @@ class _Reader:
         return None, self._sources(op, index)
       if found is None:
         return None, ()
-      begins = 'AsyncCollectiveStart' in targets or op.kind == 'async-start'
+      begins = 'AsyncCollectiveStart' in targets or op.kind in _BESIDE
       if begins or not op.called[0].startswith('async_collective_fusion'):
         kind = found.kind
         if 'all-reduce-scatter' in op.called[0]:
