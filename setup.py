@@ -48,11 +48,12 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10'],
     'cuda': ['jax[cuda13]>=0.10'],
     'hf': ['datasets>=4.0'],
-    'plan': ['libtpu>=0.0.40'],  # the TPU compiler; no TPU is needed
+    'plan': ['libtpu>=0.0.42'],  # the TPU compiler; no TPU is needed
     'tensorboard': ['tensorboardX>=2.6'],
     'dev': [
       'datasets>=4.0',
       'ipykernel>=6',
+      'libtpu>=0.0.42',  # plans
       'matplotlib>=3.9',
       'nbclient>=0.10',
       'pytest>=8',

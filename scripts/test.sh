@@ -11,6 +11,6 @@ if [ "${1:-}" = slow ]; then
   which=slow
   shift
 fi
-export JAX_PLATFORMS=cpu
+export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/xla}
 exec .venv/bin/python -m pytest --numprocesses=2 -m "$which" "$@"

@@ -167,7 +167,7 @@ def test_a_working_directory_of_another_run(
 def test_what_may_change_between_runs(config, trained, capsys):
   argv = arguments(
     config, trained, 'steps=3', 'optimizer.learning_rate=0.02',
-    'log_every=2', 'batch_size=4', 'model.rope_theta=10000.0',
+    'log_every=2', 'model.rope_theta=10000.0',
     'mesh.data=2',
   )  # fmt: skip
   assert cli.main(argv) == 0

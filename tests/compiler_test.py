@@ -20,8 +20,8 @@ def test_options_are_for_tpus_only():
   ('kind', 'groups'),
   [
     ('TPU v5 lite', ('whole_einsums', 'async_scatter')),
-    ('TPU v6 lite', ('whole_einsums', 'sparse_core')),
-    ('TPU v5', ('whole_einsums',)),
+    ('TPU v6 lite', ('whole_einsums', 'wide_vmem', 'sparse_core')),
+    ('TPU v5', ('whole_einsums', 'wide_vmem', 'sparse_core')),
   ],
 )
 def test_auto_chooses_by_the_chip(kind, groups):

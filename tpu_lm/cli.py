@@ -33,14 +33,9 @@ def train(args: argparse.Namespace, overrides: list) -> int:
   with devices.connected(*of):
     config = _config(args, overrides)
     from tpu_lm import goodput, run
-    from tpu_lm.plan import compared
 
-    run.execute(
-      config,
-      args.workdir,
-      began=goodput.process_start() if args.is_process else None,
-      expected=compared.expected(args.config),
-    )
+    began = goodput.process_start() if args.is_process else None
+    run.execute(config, args.workdir, began=began, spec=args.config)
   return 0
 
 

@@ -26,7 +26,7 @@ from tpu_lm import sharding, target
 
 # As many are held at a time, a device (float32: 16 and 512 MiB). An accelerator
 # reads the whole head for each chunk, which few positions would not repay.
-_LOGITS = {'cpu': 1 << 22}
+_LOGITS = 1 << 22
 _ACCELERATOR_LOGITS = 1 << 27
 
 
@@ -129,7 +129,8 @@ def chunk_length(shape: tuple[int, int], num_vocab: int, chunk: int = 0) -> int:
   """How many positions of its rows a device takes at a time."""
   (rows, length), (row_shards, column_shards) = shape, _shards(shape)
   if not chunk:
-    logits = _LOGITS.get(target.platform(), _ACCELERATOR_LOGITS)
+    is_cpu = target.platform() == 'cpu'
+    logits = _LOGITS if is_cpu else _ACCELERATOR_LOGITS
     chunk = max(logits * row_shards // (rows * num_vocab), 1)
   # As many chunks, but even: the last one is filled up with zeros.
   length //= column_shards

@@ -426,7 +426,7 @@ def execute(
   workdir: pathlib.Path,
   report: Callable[[str], None] = print,
   began: float | None = None,
-  expected: dict[str, Any] | None = None,
+  spec: str = '',
 ) -> dict[str, float]:
   """Trains to the last step or a signal; returns the last held-out figures.
 
@@ -435,7 +435,8 @@ def execute(
     workdir: where; it goes on from what is there.
     report: prints one line.
     began: when its time begins to count, by the monotonic clock; None: now.
-    expected: what `tpu_lm plan` has said of it; its first steps are compared.
+    spec: the file of the configuration; if `tpu_lm plan` has kept what these
+      devices would take, the first steps are compared with it.
   """
   began = time.monotonic() if began is None else began
   workdir = pathlib.Path(workdir)
@@ -451,7 +452,7 @@ def execute(
   ):
     phases.install()
     run = Run(config, workdir, phases, report, ledger)
-    if expected:
+    if spec and (expected := compared.expected(spec)):
       run.planned = compared.Watch(expected, run.writer.note)
     ledger.started()
     try:

@@ -150,7 +150,7 @@ class Given:
 
   def __init__(self):
     self.config = types.SimpleNamespace(
-      vocab_size=VOCAB, logit_soft_cap=0.0, scalar_head=True
+      vocab_size=VOCAB, logit_soft_cap=0.0, loss_chunk=0, scalar_head=True
     )
 
   def apply(self, variables, tokens_BL, positions_BL, segment_ids_BL, **_):

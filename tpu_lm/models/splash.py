@@ -21,7 +21,8 @@ from tpu_lm import sharding
 
 _LANES = 128  # lengths are a multiple of it
 _BLOCK = 1024  # queries and keys that are worked on at once
-_KEYS = 2048  # keys of a backward block: a part of dq is written for each
+_KEYS = 2048  # keys of a backward block
+_PARTS = 4  # of dq, one for each such block, that may be written and summed
 
 
 def attend(
@@ -78,6 +79,9 @@ def _local(
   else:
     mask = masks.LocalMask((length, length), (window - 1, 0), offset=0)
   block, keys = _divisor(length, _BLOCK), _divisor(length, _KEYS)
+  # Parts of dq take L x L / keys: long rows have a kernel for dq alone.
+  fused = length // keys <= _PARTS
+  apart = {} if fused else {'block_q_dq': block, 'block_kv_dq': block}
   made = kernel.make_splash_mha(
     masks.MultiHeadMask([mask] * num_heads),
     block_sizes=kernel.BlockSizes(
@@ -86,7 +90,8 @@ def _local(
       block_q_dkv=block,
       block_kv_dkv=keys,
       block_kv_dkv_compute=min(block, keys),
-      use_fused_bwd_kernel=True,
+      use_fused_bwd_kernel=fused,
+      **apart,
     ),
     attn_logits_soft_cap=soft_cap or None,
     head_shards=1,

@@ -50,14 +50,14 @@ class Compiled(NamedTuple):
 def assemble(config: Any, devices: list[Any]) -> Parts:
   """Everything that `train` jits for an update, without an array."""
   mesh = sharding.make_mesh(config.mesh, devices)
+  batch = columns.batch(config, mesh)
+  rows = next(iter(batch.values())).shape[0]
+  sharding.check_batch(mesh, rows, config.microbatches, config.data.length)
   if mesh.size < len(devices):
     raise UserError(
       f'mesh: makes use of {mesh.size} of {len(devices)} devices; set one axis '
       'to -1, which takes what is left'
     )
-  batch = columns.batch(config, mesh)
-  rows = next(iter(batch.values())).shape[0]
-  sharding.check_batch(mesh, rows, config.microbatches, config.data.length)
   model = models.make(
     config.model_name, config.model, config.data.vocab_size, config.data.length
   )

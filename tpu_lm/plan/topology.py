@@ -48,13 +48,17 @@ def devices(topology: Topology) -> list[Any]:
   from jax.experimental import topologies
 
   name = 'x'.join(map(str, topology.sides))
-  slices = {'num_slices': topology.num_slices}
+  options: dict[str, Any] = {}
+  if topology.num_slices > 1:
+    options['num_slices'] = topology.num_slices
+  if topology.size == 1:  # a host has four otherwise
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     with _quiet():
       found = topologies.get_topology_desc(
         platform='tpu',
         topology_name=f'{topology.chip.name}:{name}',
-        **(slices if topology.num_slices > 1 else {}),
+        **options,
       )
   except Exception as error:  # whatever the compiler raises
     what = str(error).splitlines()[0]
