@@ -31,7 +31,7 @@ def get_config(variant: str = ''):
   config.model.hidden_dim = 14_336
   config.model.rope_theta = 500_000.0
   config.model.dtype = 'bfloat16'
-  config.model.remat = 'full'
+  config.model.remat = 'attention'
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup = 2000
   return config

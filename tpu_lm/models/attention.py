@@ -92,6 +92,39 @@ def attend(
   Raises:
     ValueError: an unknown implementation, or one that cannot do this.
   """
+  _check(q_BLHK, k_BSGK, window, causal, positions, implementation)
+  num_keys, skips = k_BSGK.shape[1], causal and positions is None
+  if implementation == 'auto':
+    implementation = _best(q_BLHK, soft_cap, window, skips, shares)
+  if segment_ids is not None:
+    q_BLHK = _without_padding(q_BLHK, segment_ids[0])
+    k_BSGK = _without_padding(k_BSGK, segment_ids[1])
+    v_BSGK = _without_padding(v_BSGK, segment_ids[1])
+  q_BLHK, k_BSGK, v_BSGK = _by_heads(q_BLHK, k_BSGK, v_BSGK)
+  sees = causal, shares
+  spots = _spots(q_BLHK, k_BSGK, segment_ids, positions, window)
+  if implementation == 'chunked':
+    spans = tuple(_spans(q_BLHK.shape[1], num_keys, skips, window))
+    out_BLHK = _chunked(
+      q_BLHK, k_BSGK, v_BSGK, spots, spans, sees, soft_cap, scale
+    )
+  elif implementation == 'splash':
+    if not (skips and _can_splash(num_keys, window, shares)):
+      raise ValueError('splash: cannot do this; use chunked')
+    out_BLHK = _splash(q_BLHK, k_BSGK, v_BSGK, spots, soft_cap, scale)
+  elif soft_cap:
+    raise ValueError(f'{implementation}: has no soft_cap; use chunked')
+  else:
+    out_BLHK = _fused(
+      q_BLHK, k_BSGK, v_BSGK, spots, skips, sees, scale, implementation
+    )
+  if segment_ids is not None:
+    out_BLHK = _without_padding(out_BLHK, segment_ids[0])
+  return out_BLHK
+
+
+def _check(q_BLHK, k_BSGK, window, causal, positions, implementation):
+  """Refuses arguments that do not go together."""
   num_keys, num_groups = k_BSGK.shape[1:3]
   if q_BLHK.shape[2] % num_groups:
     raise ValueError(
@@ -108,45 +141,23 @@ def attend(
       f'implementation={implementation!r}: choose one of '
       f'{", ".join(IMPLEMENTATIONS)}'
     )
-  if implementation == 'auto':
-    whole = causal and positions is None
-    implementation = _best(q_BLHK, soft_cap, window, whole, shares)
-  if segment_ids is not None:
-    q_BLHK = _without_padding(q_BLHK, segment_ids[0])
-    k_BSGK = _without_padding(k_BSGK, segment_ids[1])
-    v_BSGK = _without_padding(v_BSGK, segment_ids[1])
-  q_BLHK, k_BSGK, v_BSGK = _by_heads(q_BLHK, k_BSGK, v_BSGK)
-  skips, sees = causal and positions is None, (causal, shares)
-  spots = _spots(q_BLHK, k_BSGK, segment_ids, positions, window)
-  if implementation == 'chunked':
-    spans = tuple(_spans(q_BLHK.shape[1], num_keys, skips, window))
-    out_BLHK = _chunked(
-      q_BLHK, k_BSGK, v_BSGK, spots, spans, sees, soft_cap, scale
-    )
-  elif implementation == 'splash':
-    from tpu_lm.models import splash  # Pallas takes a second to import
 
-    if not (skips and _can_splash(num_keys, window, shares)):
-      raise ValueError('splash: cannot do this; use chunked')
-    out_BLHK = splash.attend(
-      q_BLHK,
-      k_BSGK,
-      v_BSGK,
-      segment_ids_BL=None if segment_ids is None else segment_ids[0],
-      window=window,
-      soft_cap=soft_cap,
-      scale=scale,
-      interpret=target.platform() == 'cpu',
-    )
-  elif soft_cap:
-    raise ValueError(f'{implementation}: has no soft_cap; use chunked')
-  else:
-    out_BLHK = _fused(
-      q_BLHK, k_BSGK, v_BSGK, spots, skips, sees, scale, implementation
-    )
-  if segment_ids is not None:
-    out_BLHK = _without_padding(out_BLHK, segment_ids[0])
-  return out_BLHK
+
+def _splash(q_BLHK, k_BSGK, v_BSGK, spots, soft_cap, scale):
+  """The kernel 'splash'."""
+  from tpu_lm.models import splash  # Pallas takes a second to import
+
+  ids = spots.segment_ids
+  return splash.attend(
+    q_BLHK,
+    k_BSGK,
+    v_BSGK,
+    segment_ids_BL=None if ids is None else ids[0],
+    window=spots.window,
+    soft_cap=soft_cap,
+    scale=scale,
+    interpret=target.platform() == 'cpu',
+  )
 
 
 def _by_heads(*tensors: jax.Array) -> tuple[jax.Array, ...]:

@@ -192,38 +192,9 @@ class Attention(Block):
     self, x_BLD, cos, sin, positions_BL, segment_ids_BL, window, cache
   ):
     config = self.config
-    dim, head = config.dim, config.head_size
+    head = config.head_size
     h_BLD = self.normed('norm', x_BLD)
-
-    counts = {'q': config.num_heads, 'k': config.kv_heads, 'v': config.kv_heads}
-    shapes = {name: (dim, count, head) for name, count in counts.items()}
-    joint, weight_DF = {}, None
-    if self.is_packed:
-      y_BLF = self.product('qkv', h_BLD)
-    elif (weight_DF := self.joined(shapes)) is not None:
-      y_BLF = weights.einsum('BLD,DF->BLF', h_BLD, weight_DF, self.dtype)
-    if self.is_packed or weight_DF is not None:
-      y = y_BLF.reshape(*y_BLF.shape[:2], -1, head)
-      ends = config.num_heads, config.num_heads + config.kv_heads
-      joint = dict(zip('qkv', jnp.split(y, ends, axis=2), strict=True))
-
-    def project(name: str) -> jax.Array:
-      if joint:
-        y = joint[name]
-      else:
-        weight = self.matrix(name, shapes[name])
-        y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
-      if config.qkv_bias:
-        bias = nn.initializers.zeros
-        shape = shapes[name][1:]
-        y = y + self.param(f'{name}_bias', bias, shape).astype(y.dtype)
-      if config.qk_norm and name != 'v':
-        y = self.normed(f'{name}_norm', y)
-      return y if name == 'v' else rope.rotate(y, cos, sin)
-
-    q_BLHK, k_BLGK, v_BLGK = (
-      checkpoint_name(project(name), name) for name in 'qkv'
-    )
+    q_BLHK, k_BLGK, v_BLGK = self._projected(h_BLD, cos, sin)
     rule = {
       'window': window,
       'soft_cap': config.attention_soft_cap,
@@ -253,11 +224,44 @@ class Attention(Block):
     if self.is_packed:
       y_BLD = self.product('o', out_BLHK.reshape(*out_BLHK.shape[:2], -1))
     else:
-      weight = self.matrix('o', (config.num_heads, head, dim), output=True)
+      shape = config.num_heads, head, config.dim
+      weight = self.matrix('o', shape, output=True)
       y_BLD = weights.einsum('BLHK,HKD->BLD', out_BLHK, weight, self.dtype)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
     return y_BLD, slots
+
+  def _projected(self, h_BLD, cos, sin) -> list[jax.Array]:
+    """Queries, keys and values, rotated."""
+    config, head = self.config, self.config.head_size
+    counts = {'q': config.num_heads, 'k': config.kv_heads, 'v': config.kv_heads}
+    shapes = {name: (config.dim, n, head) for name, n in counts.items()}
+    joint = None
+    if self.is_packed:
+      joint = self.product('qkv', h_BLD)
+    elif (weight_DF := self.joined(shapes)) is not None:
+      joint = weights.einsum('BLD,DF->BLF', h_BLD, weight_DF, self.dtype)
+    if joint is not None:
+      joint = joint.reshape(*joint.shape[:2], -1, head)
+      ends = config.num_heads, config.num_heads + config.kv_heads
+      joint = dict(zip('qkv', jnp.split(joint, ends, axis=2), strict=True))
+
+    def project(name: str) -> jax.Array:
+      if joint:
+        y = joint[name]
+      else:
+        weight = self.matrix(name, shapes[name])
+        y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
+      if config.qkv_bias:
+        bias = self.param(
+          f'{name}_bias', nn.initializers.zeros, shapes[name][1:]
+        )
+        y = y + bias.astype(y.dtype)
+      if config.qk_norm and name != 'v':
+        y = self.normed(f'{name}_norm', y)
+      return y if name == 'v' else rope.rotate(y, cos, sin)
+
+    return [checkpoint_name(project(name), name) for name in 'qkv']
 
 
 class Mlp(Block):
