@@ -80,7 +80,7 @@ def plan(
 
 def write(record: dict[str, Any], folder: pathlib.Path) -> None:
   """Writes a record and its page."""
-  workdirs.make(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   path = files.path_of(folder, record['topology'])
   workdirs.write_json(path, record)
   path.with_suffix('.html').write_text(page.of(record))

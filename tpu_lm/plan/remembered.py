@@ -8,10 +8,11 @@ program that was asked for, its devices, options and the compiler's version.
 import gzip
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
-from tpu_lm import devices, workdir
+from tpu_lm import devices
 
 _FIELDS = ('argument', 'output', 'alias', 'temp', 'generated_code')
 
@@ -44,9 +45,9 @@ def keep(name: str, record: dict[str, Any]) -> None:
   """Writes what `find` gives; where it cannot, the next plan takes longer."""
   path = _path(name)
   try:
-    workdir.make(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record).encode()
-    temporary = path.with_suffix('.tmp')
+    temporary = path.with_suffix(f'.{os.getpid()}.tmp')
     temporary.write_bytes(gzip.compress(text, 6))
     temporary.replace(path)
   except OSError:
