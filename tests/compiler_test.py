@@ -1,19 +1,21 @@
 import types
 
+import numpy as np
 import pytest
 
 from tpu_lm import compiler
 from tpu_lm.errors import UserError
 
 
-def device(kind='TPU v5 lite', platform='tpu'):
-  return types.SimpleNamespace(device_kind=kind, platform=platform)
+def mesh(kind='TPU v5 lite', platform='tpu', count=4):
+  device = types.SimpleNamespace(device_kind=kind, platform=platform)
+  return types.SimpleNamespace(devices=np.array([device] * count))
 
 
 def test_options_are_for_tpus_only():
   for platform in ('cpu', 'gpu'):
-    assert compiler.options('auto', device('any', platform)) == {}
-    assert compiler.options('whole_einsums', device('any', platform)) == {}
+    assert compiler.options('auto', mesh('any', platform)) == {}
+    assert compiler.options('whole_einsums', mesh('any', platform)) == {}
 
 
 @pytest.mark.parametrize(
@@ -28,18 +30,25 @@ def test_auto_chooses_by_the_chip(kind, groups):
   expected = {}
   for name in groups:
     expected |= compiler.GROUPS[name]
-  assert compiler.options('auto', device(kind)) == expected
-  assert compiler.options(', '.join(groups), device('TPU v4')) == expected
+  assert compiler.options('auto', mesh(kind)) == expected
+  assert compiler.options(', '.join(groups), mesh('TPU v4')) == expected
+
+
+def test_a_device_alone_is_spared_what_is_for_collectives():
+  usual = compiler.GROUPS['whole_einsums'] | compiler.GROUPS['wide_vmem']
+  assert compiler.options('auto', mesh(count=1)) == usual
+  asked = compiler.options('async_scatter', mesh(count=1))
+  assert asked == compiler.GROUPS['async_scatter']
 
 
 def test_none_are_given_where_none_are_named():
-  assert compiler.options('', device()) == {}
+  assert compiler.options('', mesh()) == {}
 
 
 def test_an_unknown_group_is_named_with_the_nearest():
   with pytest.raises(
     UserError, match=r"compiler='whole_einsum,x': whole_einsum is unknown"
   ) as caught:
-    compiler.options('whole_einsum,x', device())
+    compiler.options('whole_einsum,x', mesh())
   assert "'whole_einsums'?" in str(caught.value)
   assert all(name in str(caught.value) for name in compiler.GROUPS)

@@ -7,7 +7,7 @@ off compiled programs (LOG.md); no TPU was at hand to measure it.
 
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from tpu_lm.errors import UserError, nearest
 
@@ -50,17 +50,23 @@ _CHOSEN = {
 _USUAL = ('whole_einsums', 'wide_vmem')
 
 
-def options(groups: str, device: jax.Device) -> dict[str, Any]:
-  """The options of `groups`, names with commas; 'auto': by the device.
+def options(groups: str, mesh: Mesh) -> dict[str, Any]:
+  """The options of `groups`, names with commas; 'auto': by the devices.
+
+  Alone, a device has no collectives: it is spared the options that make them
+  asynchronous, with which a compilation takes up to three times as long.
 
   Raises:
     UserError: there is no such group.
   """
+  device = mesh.devices.flat[0]
   if device.platform != 'tpu':
     return {}
   names = [name.strip() for name in groups.split(',') if name.strip()]
   if names == ['auto']:
-    names = _CHOSEN.get(device.device_kind, _USUAL)
+    names = _USUAL
+    if mesh.devices.size > 1:
+      names = _CHOSEN.get(device.device_kind, _USUAL)
   found = {}
   for name in names:
     if name not in GROUPS:

@@ -105,7 +105,7 @@ class Run:
       self.schedule,
       config,
       self.state,
-      compiler.options(config.compiler, self.mesh.devices.flat[0]),
+      compiler.options(config.compiler, self.mesh),
     )
     with jax.set_mesh(self.mesh):
       self.kept = kept.visited(self, self.loader, 'train', config.steps, report)

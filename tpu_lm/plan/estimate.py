@@ -28,7 +28,7 @@ def update(config: Any, topology: Topology, devices: list[Any]) -> dict:
   record = described(config, topology, parts.mesh)
   limit = topology.chip.memory
   record['memory'] = bars._asdict() | {'analytic': bars.total, 'limit': limit}
-  options = compiler.options(config.compiler, devices[0])
+  options = compiler.options(config.compiler, parts.mesh)
   compiled = programs.compile_update(parts, options)
   record |= {
     'program': 'update',

@@ -112,7 +112,7 @@ def _rows(mesh: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 def _compiled(function, arguments, parts, groups: str, donate: int = -1):
   donated = {'donate_argnums': donate} if donate >= 0 else {}
-  options = compiler.options(groups, parts.mesh.devices.flat[0])
+  options = compiler.options(groups, parts.mesh)
   return programs.compiled(
     jax.jit(function, **donated), arguments, parts.mesh, options
   )
