@@ -11,7 +11,7 @@ from made_plans import (
   started,
 )
 
-from tpu_lm.plan import chips, estimate, programs
+from tpu_lm.plan import chips, estimate, hlo, programs
 
 POD = chips.find('v5e-256')
 PRODUCT = PRODUCT_FLOPS / POD.chip.flops
@@ -22,7 +22,8 @@ GATHER = GATHERED / (2 * POD.chip.link)
 def timed(body: str, after: str = '', topology=POD):
   others, entry = made_plans.loop(body, times=32)
   text = made_plans.text(made_plans.ARGUMENTS + entry + after, others)
-  return estimate.time_of(text, topology, tokens=1000, count=1e12)
+  program = hlo.parse(text)
+  return estimate.time_of(program, topology, tokens=1000, count=1e12)
 
 
 def test_a_step_is_what_its_schedule_takes():

@@ -41,9 +41,9 @@ def update(config: Any, topology: Topology, devices: list[Any]) -> dict:
   record['memory']['compiled'] = compiled_bytes(compiled.memory)
   tokens = columns.num_tokens(parts.batch)
   count = flops.train_per_token(parts.model.config, config.data.length)
-  record |= time_of(compiled.text, topology, tokens, count)
-  record |= budget(record, config, topology)
   program = hlo.parse(compiled.text)
+  record |= time_of(program, topology, tokens, count)
+  record |= budget(record, config, topology)
   record['timeline'] = timeline.timeline(program, topology)
   return record
 
@@ -70,11 +70,13 @@ def compiled_bytes(memory: dict[str, int]) -> float:
   return sum(memory.values()) - 2 * memory['alias']
 
 
-def time_of(text: str, topology: Topology, tokens: int, count: float) -> dict:
+def time_of(
+  program: hlo.Program, topology: Topology, tokens: int, count: float
+) -> dict:
   """Time and what it is made of, from a schedule.
 
   Args:
-    text: of the compiled program.
+    program: as it was compiled.
     topology: it is for.
     tokens: that one call works on, over all devices.
     count: model FLOPs a token.
@@ -85,7 +87,7 @@ def time_of(text: str, topology: Topology, tokens: int, count: float) -> dict:
     hardware_flops (of a device), collectives by kind, overlapped (the share of
     the collectives' bytes within loops that is asynchronous).
   """
-  cost = schedule.cost(hlo.parse(text), topology)
+  cost = schedule.cost(program, topology)
   by = {
     'matmul': cost.matmul,
     'memory': cost.memory,

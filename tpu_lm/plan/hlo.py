@@ -11,6 +11,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 _BYTES = {
   'pred': 1, 's8': 1, 'u8': 1, 's4': 0.5, 'u4': 0.5, 'f8e4m3fn': 1,
   'f8e5m2': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
@@ -20,7 +22,11 @@ _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?')
 _HEAD = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = ')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition)=%?([\w.-]+)')
 _GROUP = re.compile(r'replica_groups=\{\{([\d,]*)\}')
-_IOTA_GROUP = re.compile(r'replica_groups=\[(\d+),(\d+)\]')
+_IOTA_GROUP = re.compile(
+  r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
+)
+_PAIR = re.compile(r'source_target_pairs=\{\{(\d+,\d+)\}')
+_THROUGH = 'async_collective_fusion'
 
 
 class Array(NamedTuple):
@@ -77,11 +83,28 @@ class Op(NamedTuple):
   @property
   def group(self) -> int:
     """Of a collective: how many devices take part; 0: it does not say."""
-    found = _GROUP.search(self.text)
-    if found:
-      return len(found[1].split(','))
+    return 0 if _PAIR.search(self.text) else len(self.members)
+
+  @property
+  def members(self) -> list[int]:
+    """Of a collective: the devices of its first group, or its first pair."""
+    if found := _GROUP.search(self.text) or _PAIR.search(self.text):
+      return [int(n) for n in found[1].split(',') if n]
     found = _IOTA_GROUP.search(self.text)
-    return int(found[2]) if found else 0
+    if not found:
+      return []
+    groups, size, dims, order = found.groups()
+    dims = [int(n) for n in dims.split(',')]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    if order:
+      ids = ids.transpose([int(n) for n in order.split(',')])
+    return ids.reshape(int(groups), int(size))[0].tolist()
+
+  @property
+  def hands_on(self) -> bool:
+    """Whether it is a product that an asynchronous collective goes through."""
+    is_fusion = self.kind == 'fusion' and self.called
+    return bool(is_fusion) and self.called[0].startswith(_THROUGH)
 
 
 class Program(NamedTuple):

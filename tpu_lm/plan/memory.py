@@ -17,11 +17,6 @@ from tpu_lm import cross_entropy, sharding, target
 from tpu_lm.plan import columns
 from tpu_lm.plan.programs import Parts
 
-NAMES = (
-  'parameters', 'optimizer', 'batch', 'gradients', 'activations', 'layer',
-  'loss',
-)  # fmt: skip
-
 
 class Bars(NamedTuple):
   """Bytes of one device."""
@@ -44,6 +39,9 @@ class Bars(NamedTuple):
     """The most that is there at once: a layer and the loss take turns."""
     rest = self.gradients + self.activations
     return self.fixed + rest + max(self.layer, self.loss)
+
+
+NAMES = Bars._fields
 
 
 def num_bytes(tree: Any, itemsize: int = 0) -> float:
@@ -79,8 +77,7 @@ def kept(config: Any, mesh: Any) -> float:
   heads = config.num_heads * config.head_size / tensor
   keys = 2 * config.kv_heads * config.head_size / tensor
   if config.num_experts:
-    width = config.expert_hidden_dim or config.hidden_dim
-    hidden = width * config.experts_per_token / tensor
+    hidden = config.expert_size * config.experts_per_token / tensor
   else:
     hidden = config.hidden_dim / tensor
   of_lse = 2 * config.num_heads / tensor  # float32
@@ -107,8 +104,7 @@ def _layer(parts: Parts, tokens: float, size: int) -> float:
   weights = weights * size / tensor
   hidden = config.hidden_dim / tensor
   if config.num_experts:
-    hidden = (config.expert_hidden_dim or config.hidden_dim) / tensor
-    hidden *= 2 * config.experts_per_token
+    hidden = 2 * config.expert_size * config.experts_per_token / tensor
   heads = config.num_heads * config.head_size / tensor
   working = tokens * size * (4 * config.dim + 4 * heads + 3 * hidden)
   return 2 * weights + working

@@ -80,16 +80,11 @@ class Cost:
 
 def cost(program: hlo.Program, topology: Topology) -> Cost:
   """What one call of the program takes."""
-  return reader(program, topology).of(program.entry)
+  return Reader(program, topology).of(program.entry)
 
 
-def reader(program: hlo.Program, topology: Topology) -> '_Reader':
-  """Knows the cost of each computation, by `of`."""
-  return _Reader(program, topology)
-
-
-class _Reader:
-  """Walks the computations of one program."""
+class Reader:
+  """Knows what each computation of one program takes, by `of`."""
 
   def __init__(self, program: hlo.Program, topology: Topology):
     self.program, self.topology = program, topology
@@ -106,7 +101,7 @@ class _Reader:
     index = {op.name: op for op in self.program.computations[computation]}
     away = 0.0  # traffic that runs beside everything else
     for op in index.values():
-      begun, ends = self._collective(computation, op, index)
+      begun, ends = self._collective(op, index)
       if begun:
         total.collectives.append(begun)
         wire = 'slices' if begun.crosses_slices else 'links'
@@ -183,14 +178,14 @@ class _Reader:
     targets = ('AsyncCollectiveStart', 'AsyncCollectiveDone')
     return bool(inner) and all(one.target in targets for one in inner)
 
-  def _collective(self, computation, op, index):
+  def _collective(self, op, index):
     """(the collective that begins here or None, names of those that end)."""
     kind = op.kind.removesuffix('-start')
     if op.kind.endswith('-done'):
       return None, op.operands
     if kind in KINDS:
       is_async = op.kind.endswith('-start')
-      return self._made(kind, op, op, is_async, index), ()
+      return self._made(kind, op, op, is_async), ()
     if op.kind in _BESIDE or (op.kind == 'fusion' and op.called):
       inner = [one for name in op.called for one in self._inside(name, set())]
       found = next((one for one in inner if one.kind in KINDS), None)
@@ -200,11 +195,11 @@ class _Reader:
       if found is None:
         return None, ()
       begins = 'AsyncCollectiveStart' in targets or op.kind in _BESIDE
-      if begins or not op.called[0].startswith('async_collective_fusion'):
+      if begins or not op.hands_on:
         kind = found.kind
         if 'all-reduce-scatter' in op.called[0]:
           kind = 'reduce-scatter'
-        return self._made(kind, found, op, begins, index), ()
+        return self._made(kind, found, op, begins), ()
     return None, ()
 
   def _inside(self, computation: str, seen: set):
@@ -225,14 +220,11 @@ class _Reader:
       if one is None or one.name in found:
         continue
       found.add(one.name)
-      is_link = one.kind == 'get-tuple-element' or (
-        one.kind == 'fusion' and one.called
-        and one.called[0].startswith('async_collective_fusion')
-      )  # fmt: skip
+      is_link = one.kind == 'get-tuple-element' or one.hands_on
       todo += one.operands if is_link else ()
     return found
 
-  def _made(self, kind, op, outer, is_async, index) -> Collective:
+  def _made(self, kind, op, outer, is_async) -> Collective:
     sizes = [array.num_bytes for array in op.results]
     if op.kind.endswith('-start') and kind != 'all-reduce':
       sizes = [max(sizes)]
@@ -242,7 +234,7 @@ class _Reader:
       whole *= group
     share = 1.0 if kind == 'collective-permute' else (group - 1) / group
     num_bytes = whole * share * _WIRE.get(kind, 1.0)
-    ids = _first_group(op.text)
+    ids = op.members
     crosses = len({i // self.topology.slice_size for i in ids}) > 1
     speed = self.chip.slices if crosses else self._speed(ids)
     seconds = num_bytes / speed
@@ -281,25 +273,6 @@ def _branches(op: hlo.Op) -> list[str]:
   names = re.findall(r'%([\w.-]+)', listed[1]) if listed else []
   either = re.findall(r'(?:true|false)_computation=%?([\w.-]+)', op.text)
   return [*names, *either, *op.called]
-
-
-def _first_group(text: str) -> list[int]:
-  found = re.search(r'replica_groups=\{\{([\d,]*)\}', text)
-  if found:
-    return [int(n) for n in found[1].split(',') if n]
-  found = re.search(
-    r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
-  )
-  if not found:
-    pairs = re.search(r'source_target_pairs=\{\{(\d+),(\d+)\}', text)
-    return [int(pairs[1]), int(pairs[2])] if pairs else []
-  import numpy as np
-
-  dims = [int(n) for n in found[3].split(',')]
-  ids = np.arange(math.prod(dims)).reshape(dims)
-  if found[4]:
-    ids = ids.transpose([int(n) for n in found[4].split(',')])
-  return ids.reshape(int(found[1]), int(found[2]))[0].tolist()
 
 
 def _kernel_flops(op: hlo.Op, index: dict) -> float:

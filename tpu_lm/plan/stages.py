@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tpu_lm import compiler, flops, rollouts, sharding, stage, target, weights
 from tpu_lm.generate import engine
 from tpu_lm.models import ring, transformer
-from tpu_lm.plan import estimate, programs
+from tpu_lm.plan import estimate, hlo, programs
 from tpu_lm.plan.chips import Topology
 
 _SCORES = ('dpo', 'kto')  # rows that were prepared, by a reference
@@ -130,4 +130,6 @@ def _record(
   if made.refusal:
     return record
   record['compiled'] = estimate.compiled_bytes(made.memory)
-  return record | estimate.time_of(made.text, topology, tokens, a_token)
+  return record | estimate.time_of(
+    hlo.parse(made.text), topology, tokens, a_token
+  )

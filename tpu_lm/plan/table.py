@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tpu_lm.plan import estimate
+from tpu_lm.plan import estimate, memory
 
 _GIB = 2**30
 
@@ -17,19 +17,19 @@ def of_records(records: list[dict[str, Any]]) -> str:
     )
   ]  # fmt: skip
   rows += [_row(record) for record in records]
-  lines = [_aligned(rows), *(_refusals(records)), '', *_notes(records)]
+  lines = [_aligned(rows, 2), *_refusals(records), '', *_notes(records)]
   return '\n'.join(lines)
 
 
 def _row(record: dict[str, Any]) -> tuple[str, ...]:
-  memory = record['memory']
+  held = record['memory']
   head = (
     record['topology'],
     _mesh(record['mesh']),
     'yes' if record['fits'] else 'NO',
-    f'{memory["compiled"] / _GIB:.2f}' if record['fits'] else '-',
-    f'{memory["limit"] / _GIB:.2f}',
-    f'{memory["analytic"] / _GIB:.2f}',
+    f'{held["compiled"] / _GIB:.2f}' if record['fits'] else '-',
+    f'{held["limit"] / _GIB:.2f}',
+    f'{held["analytic"] / _GIB:.2f}',
   )
   if not record['fits']:
     return (*head, *('-',) * 10)
@@ -51,11 +51,12 @@ def _mesh(mesh: dict[str, int]) -> str:
   return ' '.join(f'{axis}={size}' for axis, size in mesh.items()) or '1'
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: list[tuple[str, ...]], num_left: int) -> str:
+  """Columns, the first so many of them to the left."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return '\n'.join(
     '  '.join(
-      cell.ljust(width) if n < 2 else cell.rjust(width)
+      cell.ljust(width) if n < num_left else cell.rjust(width)
       for n, (cell, width) in enumerate(zip(row, widths, strict=True))
     ).rstrip()
     for row in rows
@@ -71,13 +72,7 @@ def _notes(records: list[dict[str, Any]]) -> list[str]:
   lines = []
   for record in records:
     bars = record['memory']
-    parts = [
-      f'{name} {bars[name] / _GIB:.2f}'
-      for name in (
-        'parameters', 'optimizer', 'batch', 'gradients', 'activations',
-        'layer', 'loss',
-      )
-    ]  # fmt: skip
+    parts = [f'{name} {bars[name] / _GIB:.2f}' for name in memory.NAMES]
     lines.append(f'{record["topology"]}: GiB by the model: {", ".join(parts)}')
     for one in record.get('collectives', ()):
       share = one['overlapped_bytes'] / one['bytes'] if one['bytes'] else 0
@@ -115,18 +110,14 @@ def of_search(records: list[dict[str, Any]]) -> str:
     given = ' '.join(
       f'--config.{key}={value}' for key, value in record['overrides'].items()
     )
-    memory = record['memory']
+    held = record['memory']
     rows.append(
       (
         f'{record["mfu"]:.1%}',
         f'{record["seconds"]:.3f}',
-        f'{memory["compiled"] / _GIB:.2f}',
-        f'{memory["analytic"] / _GIB:.2f}',
+        f'{held["compiled"] / _GIB:.2f}',
+        f'{held["analytic"] / _GIB:.2f}',
         given,
       )
     )
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return '\n'.join(
-    '  '.join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-    for row in rows
-  )
+  return _aligned(rows, len(rows[0]))

@@ -22,7 +22,7 @@ def timeline(program: hlo.Program, topology: Topology) -> list[dict[str, Any]]:
     memory, kernel, loop or collective), lane (core, links or slices), start and
     seconds, from the beginning of the pass.
   """
-  reader = schedule.reader(program, topology)
+  reader = schedule.Reader(program, topology)
   whole = reader.of(program.entry).seconds
   found = []
   for loop, times in loops(program, program.entry):

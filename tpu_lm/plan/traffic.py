@@ -37,7 +37,7 @@ def of(program: hlo.Program, op: hlo.Op, index: dict[str, hlo.Op]) -> float:
 
 def _handed_on(op: hlo.Op) -> tuple[set[int], set[int]]:
   """Results and operands that are only on their way through a product."""
-  if not op.called or not op.called[0].startswith('async_collective_fusion'):
+  if not op.hands_on:
     return set(), set()
   pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}\)', op.text)
   return {int(out) for out, _ in pairs}, {int(at) for _, at in pairs}
