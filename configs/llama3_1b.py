@@ -13,27 +13,18 @@ from tpu_lm import config as configs
 
 
 def get_config(variant: str = ''):
-  configs.check_variant(variant, ('tiny',))
-  config = configs.base()
-  config.model_name = 'llama'
-  config.mesh.data = 1
-  config.mesh.fsdp = -1
-  if variant == 'tiny':
-    return configs.tiny(config)
-  config.steps = 100_000
-  config.batch_size = 128
-  config.data.length = 8192
-  config.data.vocab_size = 128_256
-  config.model.num_layers = 16
-  config.model.dim = 2048
-  config.model.num_heads = 32
-  config.model.num_kv_heads = 8
-  config.model.head_dim = 64
-  config.model.hidden_dim = 8192
-  config.model.tied = True
-  config.model.rope_theta = 500_000.0
-  config.model.dtype = 'bfloat16'
-  config.model.remat = 'full'
-  config.optimizer.learning_rate = 3e-4
-  config.optimizer.warmup = 2000
-  return config
+  return configs.at_scale(
+    'llama',
+    variant,
+    vocab_size=128_256,
+    batch_size=128,
+    num_layers=16,
+    dim=2048,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    hidden_dim=8192,
+    tied=True,
+    rope_theta=500_000.0,
+    remat='full',
+  )

@@ -1,13 +1,10 @@
 """`python -m tpu_lm COMMAND`, and the console script."""
 
-import glob
 import importlib.util
 import os
 import sys
 
-from tpu_lm import cli, phases
-
-_ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia0', '/dev/kfd')
+from tpu_lm import accelerators, cli, phases
 
 
 def run() -> None:
@@ -29,7 +26,7 @@ def _look_for_no_tpu() -> None:
   """
   if importlib.util.find_spec('libtpu') is None or sys.platform != 'linux':
     return
-  if not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+  if not accelerators.are_there():
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 

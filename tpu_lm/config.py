@@ -133,6 +133,42 @@ def tiny(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def at_scale(
+  model_name: str,
+  variant: str,
+  *,
+  vocab_size: int,
+  batch_size: int = 256,
+  learning_rate: float = 3e-4,
+  **model: Any,
+) -> ConfigDict:
+  """Pretraining over many chips: fully sharded, rows of 8,192 tokens.
+
+  Args:
+    model_name: of the family.
+    variant: 'tiny' for `tiny` with the same mesh, or ''.
+    vocab_size: of the tokenizer.
+    batch_size: rows a step.
+    learning_rate: at its peak.
+    **model: keys of the section.
+  """
+  check_variant(variant, ('tiny',))
+  config = base()
+  config.model_name = model_name
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  if variant == 'tiny':
+    return tiny(config)
+  config.steps = 100_000
+  config.batch_size = batch_size
+  config.data.length = 8192
+  config.data.vocab_size = vocab_size
+  config.model = {'dtype': 'bfloat16', **model}
+  config.optimizer.learning_rate = learning_rate
+  config.optimizer.warmup = 2000
+  return config
+
+
 def split_spec(spec: str) -> tuple[pathlib.Path, str]:
   """'configs/a.py:tiny' is the file and its variant."""
   path, _, variant = spec.partition(':')

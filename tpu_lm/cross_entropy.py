@@ -141,7 +141,7 @@ def _shards(shape: tuple[int, int]) -> tuple[int, int]:
   """Into how many parts the mesh in force divides rows and positions."""
   mesh = jax.sharding.get_abstract_mesh()
   sizes = sharding.free_axes(mesh)
-  rows = math.prod(sizes[axis] for axis in _row_axes(mesh))
+  rows = math.prod(sizes.get(axis, 1) for axis in sharding.free_rows(mesh))
   columns = sizes.get('sequence', 1)
   return (
     rows if shape[0] % rows == 0 else 1,
@@ -176,14 +176,9 @@ def _join(x, shape: tuple[int, int], shards: tuple[int, int], length: int):
 
 def _constrain(x: jax.Array, axis: int) -> jax.Array:
   """Lays the shards S, dimension `axis`, on their devices."""
-  shared = (*_row_axes(jax.sharding.get_abstract_mesh()), 'sequence')
+  rows = sharding.free_rows(jax.sharding.get_abstract_mesh())
+  shared = (*rows, 'sequence')
   return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, shared))
-
-
-def _row_axes(mesh) -> tuple[str, ...]:
-  """The axes over which the partitioner divides rows."""
-  free = sharding.free_axes(mesh)
-  return tuple(a for a in sharding.row_axes(mesh) if a in free)
 
 
 def _logits(hidden_STD, head_VD, soft_cap: float) -> jax.Array:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 from jax._src import distributed
 
-from tpu_lm import peers
+from tpu_lm import accelerators, peers
 from tpu_lm.errors import UserError
 
 _PATIENCE = 300  # seconds in which all processes must have been started
@@ -41,11 +41,7 @@ def _keep_memory() -> None:
   same pages are used again. Where an accelerator computes this would only
   hold on to the host's memory.
   """
-  has_accelerator = any(
-    pathlib.Path(path).exists()
-    for path in ('/dev/nvidia0', '/dev/accel0', '/dev/vfio/0', '/dev/kfd')
-  )
-  if has_accelerator and os.environ.get('JAX_PLATFORMS') != 'cpu':
+  if accelerators.are_there() and os.environ.get('JAX_PLATFORMS') != 'cpu':
     return
   mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
   if mallopt is not None:

@@ -128,22 +128,65 @@ def whole(
     dtype: plain arrays are gathered in it; None: in their own.
     keep: axes that go on sharing it out.
   """
-  by_path = _SHARED_OUT.get()
-  if by_path is None:
+  if not is_inside():
     return leaf
   is_plain = isinstance(leaf, jax.Array)
 
   def gathered(path: tuple, x: jax.Array) -> jax.Array:
-    dims = by_path['/'.join((name, *filter(None, [sharding.path_name(path)])))]
-    dims = dims[len(dims) - x.ndim :] if len(dims) > x.ndim else dims
+    part = '/'.join(filter(None, (name, sharding.path_name(path))))
     if dtype is not None and is_plain:
       x = x.astype(dtype)
-    for dim, axes in enumerate(dims):
+    for dim, axes in enumerate(_shared_out(part, x.ndim)):
       if axes and not set(axes) <= set(keep):
         x = _gathered(x, axes, dim)
     return x
 
   return jax.tree_util.tree_map_with_path(gathered, leaf)
+
+
+def _shared_out(name: str, ndim: int) -> tuple[tuple[str, ...], ...]:
+  """A dimension's axes, for each of a parameter, or of its part of a layer."""
+  dims = _SHARED_OUT.get()[name]
+  return ((),) * (ndim - len(dims)) + dims[-ndim:] if ndim else ()
+
+
+def in_turn(leaf: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+  """Both; the gradient of `x` goes on once that of `leaf` is scattered.
+
+  Else the compiler may keep the gradient of a whole head until the layers' are
+  done: it fills as much memory as some layers.
+
+  Args:
+    leaf: a parameter, not yet gathered.
+    x: what it is used with.
+  """
+  if not is_inside() or not isinstance(leaf, jax.Array):
+    return leaf, x
+  return _in_turn(leaf, x)
+
+
+@jax.custom_vjp
+def _in_turn(leaf, x):
+  return leaf, x
+
+
+def _in_turn_forward(leaf, x):
+  both = leaf.perturbed and x.perturbed
+  return (leaf.value, x.value), (() if both else None)
+
+
+def _in_turn_backward(both, grads):
+  if both is None:
+    return tuple(_or_none(grad) for grad in grads)
+  return jax.lax.optimization_barrier(grads)
+
+
+def _or_none(grad: Any) -> jax.Array | None:
+  is_zero = isinstance(grad, jax.custom_derivatives.SymbolicZero)
+  return None if is_zero else grad
+
+
+_in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
 
 
 def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
@@ -157,13 +200,12 @@ def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
     leaves: [D, …], D shared out.
     dtype: in which they are gathered.
   """
-  by_path = _SHARED_OUT.get()
   free = sharding.free_axes(jax.sharding.get_abstract_mesh())
   plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
-  if by_path is None or not plain or free.get('tensor', 1) > 1:
+  if not is_inside() or not plain or free.get('tensor', 1) > 1:
     return None
   pairs = zip(names, leaves, strict=True)
-  dims = {by_path[name][-leaf.ndim :][0] for name, leaf in pairs}
+  dims = {_shared_out(name, leaf.ndim)[0] for name, leaf in pairs}
   if len(dims) > 1 or not (axes := dims.pop()):
     return None
   parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
@@ -232,7 +274,7 @@ def looked_up(name: str, table_VD: jax.Array, ids: jax.Array) -> jax.Array:
     table_VD: in the dtype of the result.
     ids: int [B, L].
   """
-  axes = (_SHARED_OUT.get() or {}).get(name, ((), ()))[-1]
+  axes = _shared_out(name, 2)[-1] if is_inside() else ()
   if not axes:
     return sharding.replicate_columns(table_VD)[ids]
   ids = jax.lax.all_gather(ids, axes, axis=0, tiled=True)

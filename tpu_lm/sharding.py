@@ -118,6 +118,12 @@ def row_axes(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in rows_over(mesh) if mesh.shape[axis] > 1)
 
 
+def free_rows(mesh: Any) -> tuple[str, ...]:
+  """Those of `rows_over` that are the partitioner's (`free_axes`)."""
+  free = free_axes(mesh)
+  return tuple(axis for axis in rows_over(mesh) if axis in free)
+
+
 def _rings(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in _RINGS if axis in mesh.shape)
 
@@ -303,8 +309,7 @@ def splits_sequence() -> bool:
 def constrain_activations(x_BLD: jax.Array) -> jax.Array:
   """Rows over data and fsdp, positions over sequence, the model whole."""
   mesh = jax.sharding.get_abstract_mesh()
-  rows = () if mesh.empty else rows_over(mesh)
-  return _constrain(x_BLD, rows, 'sequence', None)
+  return _constrain(x_BLD, rows_over(mesh), 'sequence', None)
 
 
 def num_head_shards() -> int:

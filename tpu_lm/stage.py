@@ -243,8 +243,7 @@ def token_logps(
   if hidden_BLD is None:
     hidden_BLD = hidden_states(model, params, rows)
   logps_BL = cross_entropy.token_logps(
-    hidden_BLD,
-    transformer.head(params, hidden_BLD.dtype),
+    *transformer.read_by_head(params, hidden_BLD),
     rows['tokens'][:, 1:],
     mask_BL=weights_BL > 0,
     soft_cap=model.config.logit_soft_cap,

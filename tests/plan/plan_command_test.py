@@ -86,10 +86,15 @@ def test_the_best_of_a_search_is_kept_with_its_overrides(
   estimated, spec, monkeypatch, tmp_path
 ):
   found = [made_plans.record(overrides={'mesh.fsdp': n}) for n in (4, 8)]
+  planned = []
   monkeypatch.setattr(command.search, 'search', lambda *rest: found)
+  monkeypatch.setattr(
+    stages, 'others', lambda config, *rest: planned.append(config) or []
+  )
   command.plan(spec, [('seed', '3')], ['v5e-8'], tries=2)
   record = files.read(tmp_path / 'mine.plan', '2xv5e-256')
   assert record['overrides'] == {'mesh.fsdp': 4, 'seed': '3'}
+  assert planned[0].mesh.fsdp == 4  # nor are the other programs another run's
 
 
 def test_a_variant_has_its_own_folder():

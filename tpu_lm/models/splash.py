@@ -56,7 +56,7 @@ def attend(
   q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
   if not free:
     return run(q_BLHK, k_BLGK, v_BLGK, segment_ids_BL)
-  rows = tuple(a for a in sharding.rows_over(mesh) if a in free)
+  rows = sharding.free_rows(mesh)
   if segment_ids_BL is None:
     segment_ids_BL = jnp.ones(q_BLHK.shape[:2], jnp.int32)
   heads = P(rows, None, sharding.HEADS, None)

@@ -446,15 +446,17 @@ class Transformer(nn.Module):
     return self.init(key, jnp.zeros((1, 2), jnp.int32))['params']
 
 
-def head(params, dtype: Any = None) -> jax.Array:
-  """The output head [V, D]: the embedding table where they are tied.
-
-  Args:
-    params: of the network.
-    dtype: in which it is gathered, if it has to be; None: its own.
-  """
+def head(params) -> jax.Array:
+  """The output head [V, D]: the embedding table where they are tied."""
   name = 'head' if 'head' in params else 'embedding'
-  return weights.dense(per_device.whole(name, params[name], dtype))
+  return weights.dense(per_device.whole(name, params[name]))
+
+
+def read_by_head(params, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(hidden states, head) for a loss, the head in their dtype if gathered."""
+  name = 'head' if 'head' in params else 'embedding'
+  leaf, hidden = per_device.in_turn(params[name], hidden)
+  return hidden, weights.dense(per_device.whole(name, leaf, hidden.dtype))
 
 
 def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
@@ -462,7 +464,7 @@ def logits(config: Config, params, hidden: jax.Array) -> jax.Array:
   if 'packed_head' in params:  # generate/packed.py
     result = params['packed_head'].product(hidden, jnp.float32)
     return _capped(config, result)
-  return project(config, head(params, hidden.dtype), hidden)
+  return project(config, read_by_head(params, hidden)[1], hidden)
 
 
 def project(config: Config, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:

@@ -66,11 +66,13 @@ def plan(
         )
     else:
       record = estimate.update(config, one, devices)
+    chosen = record.get('overrides', {})
     record |= {'config': spec, 'versions': programs.version()}
-    record['overrides'] = record.get('overrides', {}) | dict(overrides)
+    record['overrides'] = chosen | dict(overrides)
     if price and record['fits']:
       record['price'] = price * record['chip_hours']
-    record['programs'] = stages.others(config, one, devices)
+    best = search.varied(config, chosen)
+    record['programs'] = stages.others(best, one, devices)
     write(record, folder)
     records.append(record)
   print(table.of_records(records))

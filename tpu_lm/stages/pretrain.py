@@ -23,8 +23,7 @@ def make(model, start, *, z_loss: float = 0.0) -> Stage:
     del key  # no dropout
     hidden_BLD = hidden_states(model, params, batch)
     total, weight = cross_entropy.mean(
-      hidden_BLD,
-      transformer.head(params, hidden_BLD.dtype),
+      *transformer.read_by_head(params, hidden_BLD),
       batch['tokens'][:, 1:],
       target_weights(batch),
       soft_cap=model.config.logit_soft_cap,
