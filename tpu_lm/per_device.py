@@ -15,6 +15,7 @@ these return what they are given.
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,9 +137,10 @@ def whole(
     part = '/'.join(filter(None, (name, sharding.path_name(path))))
     if dtype is not None and is_plain:
       x = x.astype(dtype)
+    many = bool(sharding.EXPERTS.search(name)) and x.ndim == 3
     for dim, axes in enumerate(_shared_out(part, x.ndim)):
       if axes and not set(axes) <= set(keep):
-        x = _gathered(x, axes, dim)
+        x = _gathered(x, axes, dim, many)
     return x
 
   return jax.tree_util.tree_map_with_path(gathered, leaf)
@@ -209,55 +211,80 @@ def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
   if len(dims) > 1 or not (axes := dims.pop()):
     return None
   parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
-  return _gathered(jnp.concatenate(parts, axis=1), axes, 0)
+  return _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, axes: tuple[str, ...], dim: int) -> jax.Array:
-  """The shards of `x` along `dim` put together."""
-  x_DX, rest = _matrix(x, dim)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(
+  x: jax.Array, axes: tuple[str, ...], dim: int, many: bool
+) -> jax.Array:
+  """The shards of `x` along `dim` put together.
+
+  Args:
+    x: a device's shard.
+    axes: that share out `dim`; the first counts most.
+    dim: of `x`.
+    many: [E, …], matrices of experts: gathered as they lie, then put together.
+      Else the shards would be turned to have `dim` first, and the whole back.
+  """
+  rows, turn_back = _rows(x, dim, many)
   # Two rings of a torus go together; over three it would be an all-reduce.
   for some in (axes[2:], axes[:2]):
     if some:
-      x_DX = jax.lax.all_gather(x_DX, some, tiled=True)
-  return _unmatrix(x_DX, rest, dim)
+      rows = jax.lax.all_gather(rows, some, tiled=True)
+  return turn_back(rows)
 
 
-def _gathered_forward(x, axes, dim):
-  return _gathered(x, axes, dim), None
+def _gathered_forward(x, axes, dim, many):
+  return _gathered(x, axes, dim, many), None
 
 
-def _gathered_backward(axes, dim, kept, grad):
+def _gathered_backward(axes, dim, many, kept, grad):
   del kept
-  grad_DX, rest = _matrix(grad, dim)
+  parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
+  rows, turn_back = _rows(grad, dim, many, parts)
   if target.platform() == 'cpu':  # XLA:CPU cannot scatter sums in 16 bits
-    grad_DX = grad_DX.astype(jnp.float32)
+    rows = rows.astype(jnp.float32)
   # One ring at a time: only so it becomes a reduce-scatter on a torus.
   for axis in axes:
-    grad_DX = _rows_apart(grad_DX)
-    grad_DX = jax.lax.psum_scatter(grad_DX, axis, tiled=True)
-  return (_unmatrix(grad_DX.astype(grad.dtype), rest, dim),)
+    rows = _rows_apart(rows)
+    rows = jax.lax.psum_scatter(rows, axis, tiled=True)
+  return (turn_back(rows.astype(grad.dtype)),)
 
 
-def _matrix(x: jax.Array, dim: int) -> tuple[jax.Array, tuple[int, ...]]:
-  """[dim, all others], and the sizes of these.
+def _rows(
+  x: jax.Array, dim: int, many: bool, parts: int = 1
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+  """What is gathered or scattered along its first dimension, and the way back.
 
-  Scattered along a dimension that lies within a TPU's tiles, a sum of a
-  gradient would be an all-reduce.
+  That is [dim, all others], and for `many` [parts, E dim / parts, others].
+  Along a dimension within a TPU's tiles, a scatter would be an all-reduce.
   """
-  x = jnp.moveaxis(x, dim, 0)
-  return x.reshape(len(x), -1), x.shape[1:]
+  moved = jnp.moveaxis(x, dim, 1 if many else 0)
+  if not many:
+    rest = moved.shape[1:]
+
+    def turn_back(rows: jax.Array) -> jax.Array:
+      return jnp.moveaxis(rows.reshape(len(rows), *rest), 0, dim)
+
+    return moved.reshape(len(moved), -1), turn_back
+
+  num, size, rest = moved.shape
+  shape = num, parts, size // parts, rest
+  rows = moved.reshape(shape).swapaxes(0, 1).reshape(parts, -1, rest)
+
+  def put_together(rows: jax.Array) -> jax.Array:
+    whole = rows.reshape(len(rows), num, -1, rest).swapaxes(0, 1)
+    return jnp.moveaxis(whole.reshape(num, -1, rest), 1, dim)
+
+  return rows, put_together
 
 
-def _rows_apart(x_DX: jax.Array) -> jax.Array:
+def _rows_apart(rows: jax.Array) -> jax.Array:
   """The same, with rows that lie one after the other in a TPU's memory."""
   if target.platform() != 'tpu':
-    return x_DX
-  return with_layout_constraint(x_DX, Layout(major_to_minor=(0, 1)))
-
-
-def _unmatrix(x_DX: jax.Array, rest: tuple[int, ...], dim: int) -> jax.Array:
-  return jnp.moveaxis(x_DX.reshape(len(x_DX), *rest), 0, dim)
+    return rows
+  return with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)

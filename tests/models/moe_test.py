@@ -176,15 +176,25 @@ def test_groups_have_the_gradient_of_every_expert_on_every_token(size):
   )
 
 
-def test_the_kernel_for_tpus_makes_the_gradient_of_the_matrices():
+@pytest.mark.parametrize('turned', [False, True])
+def test_the_kernel_for_tpus_has_the_gradient_of_each_product(turned):
   rng = np.random.default_rng(0)
   x, grad = (jnp.float32(rng.normal(size=(256, n))) for n in (16, 24))
+  weight = jnp.float32(rng.normal(size=(4, 16, 24)))
   sizes = jnp.array([100, 0, 60, 30])  # the rest is of none
-  found = grouped.weight_gradient(x, grad, sizes, interpret=True)
+  given = weight.swapaxes(1, 2) if turned else weight
+  y, pull = jax.vjp(
+    lambda x, w: grouped.by_kernel(x, w, sizes, turned, True), x, given
+  )
+  x_grad, weight_grad = pull(grad)
+  if turned:
+    weight_grad = weight_grad.swapaxes(1, 2)
+  close = functools.partial(np.testing.assert_allclose, atol=1e-5 * 20)
   ends = np.cumsum([0, *sizes])
   for e, (start, end) in enumerate(itertools.pairwise(ends)):
-    expected = x[start:end].T @ grad[start:end]
-    np.testing.assert_allclose(found[e], expected, atol=1e-5 * 20)
+    close(y[start:end], x[start:end] @ weight[e])
+    close(x_grad[start:end], grad[start:end] @ weight[e].T)
+    close(weight_grad[e], x[start:end].T @ grad[start:end])
 
 
 def test_padding_may_be_anything_and_takes_no_room():

@@ -82,11 +82,6 @@ def test_a_budget_is_all_steps_on_all_chips():
   }
 
 
-def test_bytes_of_a_program_count_donated_ones_once():
-  memory = {'argument': 100, 'output': 60, 'alias': 50, 'temp': 30}
-  assert estimate.compiled_bytes(memory | {'generated_code': 5}) == 145
-
-
 def test_a_record_of_this_machines_devices():
   """The same function, with the compiler of this CPU."""
   config = made_plans.config(fsdp=8)

@@ -26,8 +26,8 @@ PRODUCT = PRODUCT_FLOPS / V5E.flops
 GATHER = WHOLE_BYTES * 15 / 16 / (2 * V5E.link)
 
 
-def cost(entry: str, others: str = '', topology=POD) -> schedule.Cost:
-  return schedule.cost(made_plans.program(entry, others), topology)
+def cost(entry: str, others='', topology=POD, held=1.0) -> schedule.Cost:
+  return schedule.cost(made_plans.program(entry, others), topology, held)
 
 
 def only(entry: str, topology=POD) -> schedule.Collective:
@@ -74,14 +74,33 @@ def test_the_compilers_cycles_are_taken_where_they_are_right():
 
 
 def test_attention_kernels_count_half_a_square():
-  heads = 'bf16[32,1024,128]{2,1,0}'
-  lines = f'  %q.1 = {heads} parameter(3)\n' + ''.join(
-    f'  %splash_mha_{name}.1 = {heads} custom-call(%q.1), '
-    'custom_call_target="tpu_custom_call"\n'
-    for name in ('fwd_segmented', 'dkv_segmented')
-  )
+  heads, parts = (f'bf16[{n}32,1024,128]{{2,1,0}}' for n in ('', '4,'))
   a_product = 2 * 32 * 1024 * 1024 * 128 / 2
-  assert cost(lines).flops == (2 + 5) * a_product
+  for name, result, products in (
+    ('fwd', heads, 2), ('dkv', f'({parts}, {heads})', 5),
+    ('dkv', f'({heads}, {heads})', 4), ('dq', heads, 3),
+  ):  # fmt: skip
+    lines = (
+      f'  %q.1 = {heads} parameter(3)\n'
+      f'  %splash_mha_{name}_segmented.1 = {result} custom-call(%q.1), '
+      'custom_call_target="tpu_custom_call"\n'
+    )
+    assert cost(lines).flops == products * a_product
+
+
+def test_experts_multiply_the_rows_that_are_theirs():
+  rows, made = 'bf16[512,256]{1,0}', 'bf16[512,1024]{1,0}'
+  called = 'custom_call_target="tpu_custom_call"\n'
+  lines = (
+    f'  %r.1 = {rows} parameter(3)\n'
+    '  %w.1 = bf16[8,256,1024]{2,1,0} parameter(4)\n'
+    '  %s.1 = s32[9]{0} parameter(5)\n'
+    f'  %gmm.1 = {made} custom-call(%s.1, %r.1, %w.1), {called}'
+    '  %tgmm.1 = bf16[8,256,1024]{2,1,0} custom-call'
+    f'(%s.1, %r.1, %gmm.1), {called}'
+  )
+  assert cost(lines).flops == 2 * 2 * 512 * 256 * 1024
+  assert cost(lines, held=1 / 4).flops == 2 * 2 * 512 * 256 * 1024 / 4
 
 
 def test_buffers_and_other_names_are_free():

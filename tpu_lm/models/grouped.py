@@ -2,9 +2,9 @@
 
 Choices (a token and one of its experts) are sorted by expert, and each expert
 multiplies its own:
-  ragged  `jax.lax.ragged_dot`, a Pallas kernel on TPUs. The gradient of the
-          matrices would there multiply every row by every expert, so it is
-          Megablox' `tgmm` (Gale et al., arXiv 2211.15841, section 5.1).
+  ragged  Megablox' Pallas kernels (Gale et al., arXiv 2211.15841, section
+          5.1), for TPUs. They read a matrix either way round; for
+          `jax.lax.ragged_dot` it would have to be turned in memory first.
   blocks  an expert's rows fill up blocks, and blocks of all experts are one
           batched product; the matrices are copied, once a block. For CPUs
           and GPUs, where ragged_dot multiplies every row by every expert.
@@ -22,7 +22,7 @@ from tpu_lm import target
 
 _BLOCK = {'cpu': 64, 'gpu': 512, 'tpu': 0}  # rows; 0: ragged
 _ROWS = 128  # places are a multiple of it, since tiles of a TPU are
-_TILES = (256, 1024, 1024)  # at most: rows, inputs, outputs that tgmm takes
+_TILES = (512, 1024, 1024)  # at most: rows, inputs, outputs of a kernel
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
 
@@ -52,18 +52,16 @@ def weighed(
   if block:  # decoding: no block is larger than all there is to do
     block = min(block, 1 << (num_choices - 1).bit_length())
   to, source, sizes_E = _places(ids_TK, num_experts, block)
-  rows_AD = jnp.broadcast_to(
-    h_TD[:, None], (num_tokens, chosen, h_TD.shape[1])
-  ).reshape(num_choices, -1)
-  x_SD = _moved(rows_AD, source, to)
+  to_TK = to.reshape(num_tokens, chosen)
+  x_SD = _spread(h_TD, source, to_TK)
   gate, up, down = matrices
   if block:
     of_J = _experts_of(sizes_E // block, len(source) // block)
     product = functools.partial(_blocks, of_J=of_J)
   else:
     product = functools.partial(_ragged, sizes_E=sizes_E)
-  y_SD = product(act(product(x_SD, gate)) * product(x_SD, up), down)
-  y_TKD = _moved(y_SD, to, source).reshape(num_tokens, chosen, -1)
+  hidden_SF = act(product(x_SD, gate)) * product(x_SD, up)
+  y_TKD = _collected(product(hidden_SF, down, turned=True), to_TK, source)
   # What is not here may be anything, and its gradient, too.
   is_here = (ids_TK < num_experts)[..., None]
   y_TKD = jnp.where(is_here, y_TKD.astype(jnp.float32), 0)
@@ -113,70 +111,119 @@ def _experts_of(blocks_E: jax.Array, num_blocks: int) -> jax.Array:
   return jnp.minimum(of_J, len(blocks_E) - 1)
 
 
+def _taken(x: jax.Array, at: jax.Array) -> jax.Array:
+  """x[at], 0 where that is too large."""
+  return jnp.take(x, at, axis=0, mode='fill', fill_value=0)
+
+
+# Each other's gradient, but for a sum over K, which would else be a slow sum of
+# rows at places that come in any order.
 @jax.custom_vjp
-def _moved(x: jax.Array, source: jax.Array, to: jax.Array) -> jax.Array:
-  """x[source], 0 where that is too large; row i of x stands at to[i]."""
-  del to  # for the gradient, which would else be a slow sum
-  return jnp.take(x, source, axis=0, mode='fill', fill_value=0)
+def _spread(h_TD: jax.Array, source: jax.Array, to_TK: jax.Array) -> jax.Array:
+  """[S, D]: the token of the choice of each place."""
+  return _taken(h_TD, source // to_TK.shape[1])
 
 
-def _moved_forward(x, source, to):
-  return _moved(x, source, to), (source, to)
+def _spread_forward(h_TD, source, to_TK):
+  return _spread(h_TD, source, to_TK), to_TK
 
 
-def _moved_backward(kept, grad):
-  source, to = kept
-  return _moved(grad, to, source), None, None
+def _spread_backward(to_TK, grad_SD):
+  return _taken(grad_SD, to_TK).sum(1), None, None
 
 
-_moved.defvjp(_moved_forward, _moved_backward)
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
-def _blocks(x_SX: jax.Array, weight_EXY: jax.Array, *, of_J: jax.Array):
+@jax.custom_vjp
+def _collected(y_SD: jax.Array, to_TK: jax.Array, source: jax.Array):
+  """[T, K, D]: what stands at the place of each choice."""
+  return _taken(y_SD, to_TK)
+
+
+def _collected_forward(y_SD, to_TK, source):
+  return _collected(y_SD, to_TK, source), source
+
+
+def _collected_backward(source, grad_TKD):
+  return _taken(grad_TKD.reshape(-1, grad_TKD.shape[-1]), source), None, None
+
+
+_collected.defvjp(_collected_forward, _collected_backward)
+
+
+def _blocks(
+  x_SX: jax.Array, weight_EXY: jax.Array, *, of_J: jax.Array, turned=False
+) -> jax.Array:
   """Blocks of rows, each times the matrix of its expert."""
+  del turned
   x_JSX = x_SX.reshape(len(of_J), -1, x_SX.shape[-1])
   y_JSY = jnp.einsum('JSX,JXY->JSY', x_JSX, weight_EXY[of_J])
   return y_JSY.reshape(len(x_SX), -1)
 
 
-def _ragged(x_SX: jax.Array, weight_EXY: jax.Array, *, sizes_E: jax.Array):
-  """The first rows times the first matrix, and so on."""
-  return _ragged_product(x_SX, weight_EXY, sizes_E)
+def _ragged(
+  x_SX: jax.Array, weight_EXY: jax.Array, *, sizes_E: jax.Array, turned=False
+) -> jax.Array:
+  """The first rows times the first matrix, and so on.
 
-
-@jax.custom_vjp
-def _ragged_product(x_SX, weight_EXY, sizes_E):
-  return jax.lax.ragged_dot(x_SX, weight_EXY, sizes_E)
-
-
-def _ragged_forward(x_SX, weight_EXY, sizes_E):
-  return _ragged_product(x_SX, weight_EXY, sizes_E), (x_SX, weight_EXY, sizes_E)
-
-
-def _ragged_backward(kept, grad_SY):
-  x_SX, weight_EXY, sizes_E = kept
+  `turned`: matrices lie [E, Y, X] in memory (per_device.py).
+  """
   if target.platform() != 'tpu':
-    product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes_E)
-    return *jax.vjp(product, x_SX, weight_EXY)[1](grad_SY), None
-  x_grad_SX = jax.lax.ragged_dot(grad_SY, weight_EXY.swapaxes(1, 2), sizes_E)
-  grad_EXY = weight_gradient(x_SX, grad_SY, sizes_E)
-  return x_grad_SX, grad_EXY.astype(weight_EXY.dtype), None
+    return jax.lax.ragged_dot(x_SX, weight_EXY, sizes_E)
+  if turned:
+    return by_kernel(x_SX, weight_EXY.swapaxes(1, 2), sizes_E, True)
+  return by_kernel(x_SX, weight_EXY, sizes_E, False)
 
 
-_ragged_product.defvjp(_ragged_forward, _ragged_backward)
-
-
-def weight_gradient(
-  x_SX: jax.Array,
-  grad_SY: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def by_kernel(
+  x: jax.Array,
+  weight: jax.Array,
   sizes_E: jax.Array,
+  turned: bool,
   interpret: bool = False,
 ) -> jax.Array:
-  """[E, X, Y]: for each expert the sum over its rows of their products."""
+  """[S, Y]: the product of each expert's rows and its matrix.
+
+  Args:
+    x: [S, X], an expert's rows one after the other; S a multiple of 128.
+    weight: [E, X, Y], or [E, Y, X] if `turned`.
+    sizes_E: int32, rows of each expert. What is made of others is not defined.
+    turned: see `weight`.
+    interpret: run without a TPU.
+  """
   # Pallas takes a second to import.
+  from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+  outputs = weight.shape[1 if turned else 2]
+  tiles = _tiles(*x.shape, outputs)
+  return gmm(
+    x, weight, sizes_E, x.dtype, tiles, transpose_rhs=turned,
+    interpret=interpret,
+  )  # fmt: skip
+
+
+def _by_kernel_forward(x, weight, sizes_E, turned, interpret):
+  y = by_kernel(x, weight, sizes_E, turned, interpret)
+  return y, (x, weight, sizes_E)
+
+
+def _by_kernel_backward(turned, interpret, kept, grad):
   from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-  rows, inputs, outputs = _TILES
-  rows = rows if len(x_SX) % rows == 0 else _ROWS
-  tiles = rows, min(inputs, x_SX.shape[1]), min(outputs, grad_SY.shape[1])
-  return tgmm(x_SX.T, grad_SY, sizes_E, x_SX.dtype, tiles, interpret=interpret)
+  x, weight, sizes_E = kept
+  x_grad = by_kernel(grad, weight, sizes_E, not turned, interpret)
+  a, b = (grad, x) if turned else (x, grad)
+  tiles = _tiles(*a.shape, b.shape[1])
+  weight_grad = tgmm(a.T, b, sizes_E, weight.dtype, tiles, interpret=interpret)
+  return x_grad, weight_grad, None
+
+
+by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _tiles(rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
+  most, *sizes = _TILES
+  fit = (n for n in (most, most // 2, _ROWS) if rows % n == 0)
+  return next(fit), min(sizes[0], inputs), min(sizes[1], outputs)

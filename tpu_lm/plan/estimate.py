@@ -38,13 +38,14 @@ def update(config: Any, topology: Topology, devices: list[Any]) -> dict:
   }
   if compiled.refusal:
     return record
-  record['memory']['compiled'] = compiled_bytes(compiled.memory)
+  record['memory']['compiled'] = compiled.num_bytes
   tokens = columns.num_tokens(parts.batch)
   count = flops.train_per_token(parts.model.config, config.data.length)
   program = hlo.parse(compiled.text)
-  record |= time_of(program, topology, tokens, count)
+  held = 1 / parts.mesh.shape['expert']
+  record |= time_of(program, topology, tokens, count, held)
   record |= budget(record, config, topology)
-  record['timeline'] = timeline.timeline(program, topology)
+  record['timeline'] = timeline.timeline(program, topology, held)
   return record
 
 
@@ -65,13 +66,12 @@ def described(config: Any, topology: Topology, mesh: Any) -> dict:
   }
 
 
-def compiled_bytes(memory: dict[str, int]) -> float:
-  """The most that a device holds while the program runs."""
-  return sum(memory.values()) - 2 * memory['alias']
-
-
 def time_of(
-  program: hlo.Program, topology: Topology, tokens: int, count: float
+  program: hlo.Program,
+  topology: Topology,
+  tokens: int,
+  count: float,
+  held: float = 1.0,
 ) -> dict:
   """Time and what it is made of, from a schedule.
 
@@ -80,6 +80,7 @@ def time_of(
     topology: it is for.
     tokens: that one call works on, over all devices.
     count: model FLOPs a token.
+    held: as in schedule.cost.
 
   Returns:
     seconds (of a call), by (seconds of matmul, memory, interconnect; what is
@@ -87,7 +88,7 @@ def time_of(
     hardware_flops (of a device), collectives by kind, overlapped (the share of
     the collectives' bytes within loops that is asynchronous).
   """
-  cost = schedule.cost(program, topology)
+  cost = schedule.cost(program, topology, held)
   by = {
     'matmul': cost.matmul,
     'memory': cost.memory,

@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 class Compiled(NamedTuple):
   """A program of the compiler's, or why there is none."""
 
-  memory: dict[str, int] | None  # bytes by kind; None: it does not fit
+  num_bytes: int  # the most that a device holds; 0: it does not fit
   text: str  # the schedule
   seconds: float  # that the compilation took
   refusal: str = ''
@@ -106,14 +106,23 @@ def compiled(
 def _compiled(lowered: Any, flags: dict[str, Any]) -> dict[str, Any]:
   """The fields of `Compiled`."""
   begin = time.perf_counter()
-  found = {'memory': None, 'text': '', 'refusal': ''}
+  found = {'num_bytes': 0, 'text': '', 'refusal': ''}
   try:
     made = lowered.compile(compiler_options=flags)
-    found['memory'] = remembered.memory_of(made.memory_analysis())
+    found['num_bytes'] = _num_bytes(made.memory_analysis())
     found['text'] = made.as_text()
   except jax.errors.JaxRuntimeError as error:
     found['refusal'] = _refusal(str(error))
   return found | {'seconds': time.perf_counter() - begin}
+
+
+def _num_bytes(stats: Any) -> int:
+  """What is live at once, arguments included, and the program itself.
+
+  Not the `temp` of `memory_analysis()`: that counts buffers which take turns
+  in one place, 52.9 GiB where the compiler had assigned 37.3.
+  """
+  return stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
 
 
 def version() -> str:

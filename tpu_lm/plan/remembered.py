@@ -14,12 +14,13 @@ from typing import Any
 
 from tpu_lm import devices
 
-_FIELDS = ('argument', 'output', 'alias', 'temp', 'generated_code')
+_FORM = 2  # of a record; those of another are not found
 
 
 def key(lowered: Any, mesh: Any, options: dict[str, Any], version: str) -> str:
   """Of a program: its text, and all that its compilation depends on."""
   about = [
+    _FORM,
     version,
     sorted(options.items()),
     list(mesh.shape.items()),
@@ -52,11 +53,6 @@ def keep(name: str, record: dict[str, Any]) -> None:
     temporary.replace(path)
   except OSError:
     return
-
-
-def memory_of(stats: Any) -> dict[str, int]:
-  """Bytes by kind, of `compiled.memory_analysis()`."""
-  return {name: getattr(stats, f'{name}_size_in_bytes') for name in _FIELDS}
 
 
 def _path(name: str) -> pathlib.Path:

@@ -15,7 +15,7 @@ import math
 import re
 from typing import NamedTuple
 
-from tpu_lm.plan import hlo, traffic
+from tpu_lm.plan import hlo, kernels, traffic
 from tpu_lm.plan.chips import Topology
 
 KINDS = (
@@ -78,16 +78,22 @@ class Cost:
     ]
 
 
-def cost(program: hlo.Program, topology: Topology) -> Cost:
-  """What one call of the program takes."""
-  return Reader(program, topology).of(program.entry)
+def cost(program: hlo.Program, topology: Topology, held: float = 1.0) -> Cost:
+  """What one call of the program takes.
+
+  Args:
+    program: as it was compiled.
+    topology: it is for.
+    held: the share of all experts that a device holds.
+  """
+  return Reader(program, topology, held).of(program.entry)
 
 
 class Reader:
   """Knows what each computation of one program takes, by `of`."""
 
-  def __init__(self, program: hlo.Program, topology: Topology):
-    self.program, self.topology = program, topology
+  def __init__(self, program: hlo.Program, topology: Topology, held: float):
+    self.program, self.topology, self.held = program, topology, held
     self.chip = topology.chip
 
   def of(self, computation: str, spans: list[Span] | None = None) -> Cost:
@@ -150,7 +156,8 @@ class Reader:
       return
     if self._only_carries(op):
       return
-    flops = hlo.flops(self.program, computation, op) + _kernel_flops(op, index)
+    flops = hlo.flops(self.program, computation, op)
+    flops += kernels.flops(op, index, self.held)
     if op.kind == 'custom-call' and op.target != 'tpu_custom_call':
       return
     busy = flops / self.chip.flops
@@ -273,27 +280,3 @@ def _branches(op: hlo.Op) -> list[str]:
   names = re.findall(r'%([\w.-]+)', listed[1]) if listed else []
   either = re.findall(r'(?:true|false)_computation=%?([\w.-]+)', op.text)
   return [*names, *either, *op.called]
-
-
-def _kernel_flops(op: hlo.Op, index: dict) -> float:
-  """Of splash attention, half a square of queries and keys.
-
-  Forward two products, backward five (FlashAttention-2, arXiv 2307.08691).
-  """
-  if op.target != 'tpu_custom_call' or 'splash' not in op.name:
-    return 0.0
-  products = 2 if '_fwd' in op.name else 5
-  queries = next(
-    (
-      a.shape
-      for name in op.operands
-      if name in index
-      for a in index[name].results
-      if len(a.shape) >= 3 and a.dtype in ('bf16', 'f32')
-    ),
-    None,
-  )
-  if queries is None:
-    return 0.0
-  heads, length, size = math.prod(queries[:-2]), *queries[-2:]
-  return products * 2 * heads * length * length * size / 2

@@ -53,7 +53,9 @@ def _score(config: Any, topology: Topology, parts: programs.Parts) -> dict:
   count, width = rows['tokens'].shape
   a_token = flops.forward_per_token(parts.model.config, width - 1)
   compiled = _compiled(score, (_params(parts), rows), parts, config.compiler)
-  return _record('scoring', compiled, topology, count * (width - 1), a_token)
+  return _record(
+    'scoring', compiled, topology, parts, count * (width - 1), a_token
+  )
 
 
 def _prefill(config: Any, topology: Topology, parts: programs.Parts) -> dict:
@@ -68,7 +70,8 @@ def _prefill(config: Any, topology: Topology, parts: programs.Parts) -> dict:
   a_token = flops.forward_per_token(parts.model.config, shape[1])
   arguments = _params(parts), tokens, lengths
   compiled = _compiled(prefill, arguments, parts, config.compiler)
-  return _record('prefill', compiled, topology, shape[0] * shape[1], a_token)
+  count = shape[0] * shape[1]
+  return _record('prefill', compiled, topology, parts, count, a_token)
 
 
 def _decode(
@@ -102,7 +105,7 @@ def _decode(
   arguments = _params(parts), cache, tokens, tokens
   compiled = _compiled(decode, arguments, parts, groups, donate=1)
   a_token = 2 * flops.matmul_parameters(config)
-  return _record('decode', compiled, topology, slots, a_token)
+  return _record('decode', compiled, topology, parts, slots, a_token)
 
 
 def _rows(mesh: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -122,6 +125,7 @@ def _record(
   name: str,
   made: programs.Compiled,
   topology: Topology,
+  parts: programs.Parts,
   tokens: int,
   a_token: float,
 ) -> dict:
@@ -129,7 +133,8 @@ def _record(
   record['compile_s'] = made.seconds
   if made.refusal:
     return record
-  record['compiled'] = estimate.compiled_bytes(made.memory)
+  record['compiled'] = made.num_bytes
+  held = 1 / parts.mesh.shape['expert']
   return record | estimate.time_of(
-    hlo.parse(made.text), topology, tokens, a_token
+    hlo.parse(made.text), topology, tokens, a_token, held
   )

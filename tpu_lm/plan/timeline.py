@@ -14,15 +14,22 @@ _SHARE = 0.01  # of the program's time, that a shown loop takes at least
 _FINEST = 0.004  # of a pass: shorter spans of a kind are drawn as one
 
 
-def timeline(program: hlo.Program, topology: Topology) -> list[dict[str, Any]]:
+def timeline(
+  program: hlo.Program, topology: Topology, held: float = 1.0
+) -> list[dict[str, Any]]:
   """Spans of one pass of each loop, the loops in the order they are found.
+
+  Args:
+    program: as it was compiled.
+    topology: it is for.
+    held: as in schedule.cost.
 
   Returns:
     loop (its name), times (how often its body runs), name, kind (matmul,
     memory, kernel, loop or collective), lane (core, links or slices), start and
     seconds, from the beginning of the pass.
   """
-  reader = schedule.Reader(program, topology)
+  reader = schedule.Reader(program, topology, held)
   whole = reader.of(program.entry).seconds
   found = []
   for loop, times in loops(program, program.entry):
