@@ -1,7 +1,7 @@
 """Pretrains a model of the shape of Llama 3 8B (arXiv 2407.21783, table 3).
 
   tpu_lm plan --config=configs/llama3_8b.py --topology=v5e-256
-  tpu_lm train --config=configs/llama3_8b.py --workdir=gs://BUCKET/llama3_8b \
+  tpu_lm train --config=configs/llama3_8b.py --workdir=DIR \
     --config.data.source=PATH --coordinator=auto
 
 2 M tokens a step in rows of 8,192, fully sharded. Not measured here, where

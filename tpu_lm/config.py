@@ -30,6 +30,7 @@ OPEN_SECTIONS = ('model', 'stage')
 # Keys of `model` that say how it is computed, or what a stage adds to it.
 _HOW = (
   'dtype',
+  'matmul',
   'loss_chunk',
   'remat',
   'attention',

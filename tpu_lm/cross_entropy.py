@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from tpu_lm import sharding, target
+from tpu_lm import per_device, sharding, target
 
 # As many are held at a time, a device (float32: 16 and 512 MiB). An accelerator
 # reads the whole head for each chunk, which few positions would not repay.
@@ -67,11 +67,13 @@ def mean(
   # `where` before, not multiply after: 0 * NaN is NaN.
   hidden_BLD = jnp.where(counted_BL[..., None], hidden_BLD, 0)
   split = functools.partial(_split, shards=shards, length=length)
+  head, letters = _operand(head_VD, hidden_BLD.dtype)
   total = _total(
     split(hidden_BLD),
-    sharding.replicate_columns(head_VD).astype(hidden_BLD.dtype),
+    head,
     split(jnp.where(counted_BL, targets_BL, 0)),
     split(weights_BL.astype(jnp.float32)),
+    letters,
     soft_cap,
     z_loss,
   )
@@ -105,10 +107,10 @@ def token_logps(
   if mask_BL is not None:
     hidden_BLD = jnp.where(mask_BL[..., None], hidden_BLD, 0)
     targets_BL = jnp.where(mask_BL, targets_BL, 0)
-  head_VD = sharding.replicate_columns(head_VD).astype(hidden_BLD.dtype)
+  head, letters = _operand(head_VD, hidden_BLD.dtype)
 
-  def logps(hidden_STD, head_VD, targets_ST):
-    logits_STV = _logits(hidden_STD, head_VD, soft_cap) / temperature
+  def logps(hidden_STD, head, targets_ST):
+    logits_STV = _logits(hidden_STD, head, letters, soft_cap) / temperature
     lse_ST, picked_ST, _ = _reduced(logits_STV, targets_ST)
     return picked_ST - lse_ST
 
@@ -118,7 +120,7 @@ def token_logps(
     logps = jax.checkpoint(logps)
 
   def step(_, xs):
-    return None, logps(xs[0], head_VD, xs[1])
+    return None, logps(xs[0], head, xs[1])
 
   _, logps_NST = jax.lax.scan(step, None, xs)
   logps_BL = _join(logps_NST, targets_BL.shape, shards, length)
@@ -181,9 +183,19 @@ def _constrain(x: jax.Array, axis: int) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, shared))
 
 
-def _logits(hidden_STD, head_VD, soft_cap: float) -> jax.Array:
+def _operand(head_VD: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, str]:
+  """(head, its letters), as it lies in memory.
+
+  One that was gathered is [D, V] there (per_device.py); turned to [V, D] for
+  the scan over chunks it would be there twice.
+  """
+  head_VD = sharding.replicate_columns(head_VD).astype(dtype)
+  return (head_VD.T, 'DV') if per_device.is_inside() else (head_VD, 'VD')
+
+
+def _logits(hidden_STD, head, letters: str, soft_cap: float) -> jax.Array:
   logits_STV = jnp.einsum(
-    'STD,VD->STV', hidden_STD, head_VD, preferred_element_type=jnp.float32
+    f'STD,{letters}->STV', hidden_STD, head, preferred_element_type=jnp.float32
   )
   if soft_cap:
     return soft_cap * jnp.tanh(logits_STV / soft_cap)
@@ -206,13 +218,15 @@ def _nlls(lse_ST, picked_ST, weights_ST, z_loss: float) -> jax.Array:
   return jnp.where(weights_ST != 0, nll_ST, 0.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _total(hidden_NSTD, head_VD, targets_NST, weights_NST, soft_cap, z_loss):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _total(
+  hidden_NSTD, head, targets_NST, weights_NST, letters, soft_cap, z_loss
+):
   """The weighted sum; computes no gradient unless it is asked for one."""
 
   def step(total_S, xs):
     hidden_STD, targets_ST, weights_ST = xs
-    logits_STV = _logits(hidden_STD, head_VD, soft_cap)
+    logits_STV = _logits(hidden_STD, head, letters, soft_cap)
     lse_ST, picked_ST, _ = _reduced(logits_STV, targets_ST)
     nll_ST = _nlls(lse_ST, picked_ST, weights_ST, z_loss)
     return total_S + jnp.sum(weights_ST * nll_ST, axis=1), None
@@ -222,15 +236,15 @@ def _total(hidden_NSTD, head_VD, targets_NST, weights_NST, soft_cap, z_loss):
   return jax.lax.scan(step, zeros_S, xs)[0].sum()
 
 
-def _total_forward(hidden, head, targets, weights, soft_cap, z_loss):
+def _total_forward(hidden, head, targets, weights, letters, soft_cap, z_loss):
   """Value and, scaled by a cotangent of 1, the gradients that are asked for."""
-  hidden_NSTD, head_VD = hidden.value, head.value
+  hidden_NSTD, matrix = hidden.value, head.value
   dtype = hidden_NSTD.dtype
 
   def step(sums, xs):
-    total_S, head_grad_SVD = sums
+    total_S, head_grads_S = sums
     hidden_STD, targets_ST, weights_ST = xs
-    logits_STV = _logits(hidden_STD, head_VD, soft_cap)
+    logits_STV = _logits(hidden_STD, matrix, letters, soft_cap)
     lse_ST, picked_ST, hit_STV = _reduced(logits_STV, targets_ST)
     nll_ST = _nlls(lse_ST, picked_ST, weights_ST, z_loss)
     p_STV = jnp.exp(logits_STV - lse_ST[..., None])
@@ -242,43 +256,43 @@ def _total_forward(hidden, head, targets, weights, soft_cap, z_loss):
     grad_STV = grad_STV.astype(dtype)
     hidden_grad_STD = None
     if head.perturbed:
-      head_grad_SVD = head_grad_SVD + jnp.einsum(
-        'STV,STD->SVD',
+      head_grads_S = head_grads_S + jnp.einsum(
+        f'STV,STD->S{letters}',
         grad_STV,
         hidden_STD,
         preferred_element_type=jnp.float32,
       )
     if hidden.perturbed:
-      hidden_grad_STD = jnp.einsum('STV,VD->STD', grad_STV, head_VD)
+      hidden_grad_STD = jnp.einsum(f'STV,{letters}->STD', grad_STV, matrix)
     total_S = total_S + jnp.sum(weights_ST * nll_ST, axis=1)
-    return (total_S, head_grad_SVD), (hidden_grad_STD, nll_ST)
+    return (total_S, head_grads_S), (hidden_grad_STD, nll_ST)
 
   num_shards = hidden_NSTD.shape[1]
-  zeros_SVD = None
+  zeros = None
   if head.perturbed:
-    zeros_SVD = jnp.zeros((num_shards, *head_VD.shape), jnp.float32)
-    zeros_SVD = _constrain(zeros_SVD, 0) if num_shards > 1 else zeros_SVD
-  (total_S, head_grad_SVD), (hidden_grad_NSTD, nll_NST) = jax.lax.scan(
+    zeros = jnp.zeros((num_shards, *matrix.shape), jnp.float32)
+    zeros = _constrain(zeros, 0) if num_shards > 1 else zeros
+  (total_S, head_grads_S), (hidden_grad_NSTD, nll_NST) = jax.lax.scan(
     step,
-    (jnp.zeros(num_shards, jnp.float32), zeros_SVD),
+    (jnp.zeros(num_shards, jnp.float32), zeros),
     (hidden_NSTD, targets.value, weights.value),
   )
-  head_grad_VD = None
+  head_grad = None
   if head.perturbed:
-    head_grad_VD = head_grad_SVD.sum(0).astype(head_VD.dtype)
-  return total_S.sum(), (hidden_grad_NSTD, head_grad_VD, nll_NST)
+    head_grad = head_grads_S.sum(0).astype(matrix.dtype)
+  return total_S.sum(), (hidden_grad_NSTD, head_grad, nll_NST)
 
 
-def _total_backward(soft_cap, z_loss, kept, cotangent):
-  del soft_cap, z_loss
-  hidden_grad_NSTD, head_grad_VD, nll_NST = kept
+def _total_backward(letters, soft_cap, z_loss, kept, cotangent):
+  del letters, soft_cap, z_loss
+  hidden_grad_NSTD, head_grad, nll_NST = kept
 
   def scaled(grad):
     return None if grad is None else (cotangent * grad).astype(grad.dtype)
 
   return (
     scaled(hidden_grad_NSTD),
-    scaled(head_grad_VD),
+    scaled(head_grad),
     None,
     cotangent * nll_NST,
   )

@@ -192,25 +192,29 @@ _in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
 
 
 def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
-  """Matrices of the same inputs as one, [inputs, outputs of all], gathered.
+  """Matrices as one, [what is shared out, all else of all], gathered.
 
-  Small collectives wait longest; one for all is large. None where it cannot
-  be: outside, for weights that are no arrays, or with outputs shared out.
+  Small collectives wait longest; one for all is large. And what is gathered is
+  used as it is: of heads apart, a TPU would make a copy. None where it cannot
+  be: outside, for weights that are no arrays, or with `tensor`.
 
   Args:
     names: their paths.
-    leaves: [D, …], D shared out.
+    leaves: one dimension, of the same size, shared out.
     dtype: in which they are gathered.
   """
   free = sharding.free_axes(jax.sharding.get_abstract_mesh())
   plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
   if not is_inside() or not plain or free.get('tensor', 1) > 1:
     return None
-  pairs = zip(names, leaves, strict=True)
-  dims = {_shared_out(name, leaf.ndim)[0] for name, leaf in pairs}
-  if len(dims) > 1 or not (axes := dims.pop()):
+  found, parts = set(), []
+  for name, leaf in zip(names, leaves, strict=True):
+    dims = list(enumerate(_shared_out(name, leaf.ndim)))
+    dim, axes = next((pair for pair in dims if pair[1]), (0, ()))
+    found.add(axes)
+    parts.append(_rows(leaf.astype(dtype), dim, False)[0])
+  if len(found) > 1 or not axes:
     return None
-  parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
   return _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
 
 

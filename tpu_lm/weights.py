@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import per_device, quantize, sharding, stage
+from tpu_lm import low_precision, per_device, quantize, sharding, stage
 from tpu_lm.errors import UserError, nearest
 from tpu_lm.quantize import QUANTISED, Int8, Nf4
 from tpu_lm.sharding import path_name
@@ -57,7 +57,9 @@ _TABLES = re.compile(r'(^|/)(embedding|head)$')
 # Products.
 
 
-def einsum(spec: str, x: jax.Array, weight: Any, dtype: jnp.dtype) -> jax.Array:
+def einsum(
+  spec: str, x: jax.Array, weight: Any, dtype: jnp.dtype, matmul: str = ''
+) -> jax.Array:
   """`jnp.einsum(spec, x, weight)` in `dtype`; `weight` is a tree's leaf.
 
   Args:
@@ -66,27 +68,31 @@ def einsum(spec: str, x: jax.Array, weight: Any, dtype: jnp.dtype) -> jax.Array:
     x: [B, L, …].
     weight: a leaf of the parameter tree, of one layer.
     dtype: of the product's operands and result.
+    matmul: what plain weights are rounded to for it (low_precision.py).
   """
   x = x.astype(dtype)
   if sharding.splits_sequence():
-    return _product(spec, x, weight)
+    return _product(spec, x, weight, matmul)
   # One axis of tokens: XLA's gradient of a weight is 1.5 times slower on CPUs
   # where tokens have two. (Two sharded axes could not be merged.)
   lead = x.shape[:2]
-  y = _product(spec.replace('BL', 'T'), x.reshape(-1, *x.shape[2:]), weight)
+  spec = spec.replace('BL', 'T')
+  y = _product(spec, x.reshape(-1, *x.shape[2:]), weight, matmul)
   return y.reshape(*lead, *y.shape[1:])
 
 
-def _product(spec: str, x: jax.Array, weight: Any) -> jax.Array:
+def _product(spec: str, x: jax.Array, weight: Any, matmul: str) -> jax.Array:
   if isinstance(weight, QUANTISED):
     return quantize.product(spec, x, weight)
   if not isinstance(weight, Lora):
+    if matmul:
+      return low_precision.einsum(spec, x, weight, matmul)
     return jnp.einsum(spec, x, weight.astype(x.dtype))
   letters, weight_letters, output = quantize.letters_of(spec)
   inputs = ''.join(k for k in weight_letters if k not in output)
   outputs = ''.join(k for k in weight_letters if k in output)
   lead = ''.join(k for k in letters if k not in inputs)
-  y = _product(spec, x, weight.base)
+  y = _product(spec, x, weight.base, matmul)
   low = f'{lead}R'
   x_low = jnp.einsum(f'{letters},{inputs}R->{low}', x, weight.a.astype(x.dtype))
   added = jnp.einsum(

@@ -28,7 +28,8 @@ def test_on_one_device_all_is_there():
   assert found.parameters == 4 * numbers
   assert found.optimizer == 2 * 4 * numbers + 2 * 4  # two counts
   assert found.batch == 8 * 17 * (3 * 4 + 1)
-  assert found.gradients == 4 * numbers
+  assert found.copies == 2 * (MATRICES + 2 * 2 * 32)  # of layers, in bfloat16
+  assert found.gradients == 0  # they are the layers'
   # The input of each layer, in bfloat16, a token of 8 x 16.
   assert found.activations == 2 * 8 * 16 * 32 * 2
 
@@ -39,7 +40,7 @@ def test_shared_out_over_fsdp_and_tensor_each_holds_its_part():
   assert found.parameters == 4 * numbers
   assert found.optimizer == 2 * 4 * numbers + 2 * 4
   assert found.batch == 2 * 17 * (3 * 4 + 1)  # rows by fsdp only
-  assert found.gradients == found.parameters
+  assert found.copies == 2 * (MATRICES / 8 + 2 * 2 * 32)
   assert found.activations == 2 * 2 * 16 * 32 * 2
 
 
@@ -47,15 +48,16 @@ def test_a_layer_at_work_has_its_weights_whole():
   found = bars(fsdp=8)
   tokens = 16
   weights = (MATRICES + 2 * 2 * 32) // 2 * 2  # of one layer, in bfloat16
-  working = tokens * 2 * (4 * 32 + 4 * 32 + 3 * 48)
-  assert found.layer == 2 * weights + working
+  # Hidden units, the residual stream, heads of queries and of keys.
+  working = tokens * 2 * (6 * 48 + 4 * 32 + 4 * (4 + 2) * 8)
+  assert found.layer == found.parameters + weights + working
 
 
 def test_the_loss_has_the_head_whole_and_logits():
   found = bars(fsdp=8)
   head = 64 * 32 * (2 + 4)  # gathered, and its gradient in float32
-  logits = 2 * 4 * 16 * 64  # all of so few positions at once
-  assert found.loss == head + logits + 16 * 32 * 2 * 2
+  logits = 4 * 16 * 64  # all of so few positions at once
+  assert found.loss == head + logits + 3 * 16 * 32 * 2
 
 
 def test_chunks_of_the_loss_hold_fewer_logits():
@@ -63,21 +65,20 @@ def test_chunks_of_the_loss_hold_fewer_logits():
   whole = memory.bars(programs.assemble(config, made_plans.devices()), 1)
   config.model.loss_chunk = 4
   less = memory.bars(programs.assemble(config, made_plans.devices()), 1)
-  assert whole.loss - less.loss == 2 * 4 * (16 - 4) * 64
+  assert whole.loss - less.loss == 4 * (16 - 4) * 64
 
 
 def test_microbatches_keep_less_and_sum_gradients():
   whole, parts = bars(), bars(microbatches=4)
   assert parts.activations == whole.activations / 4
-  assert parts.gradients == 2 * whole.gradients
-  assert parts.parameters == whole.parameters
+  assert parts.gradients == parts.parameters == whole.parameters
 
 
 def test_a_layer_and_the_loss_take_turns():
-  made = memory.Bars(1, 2, 4, 8, 16, layer=32, loss=64)
+  made = memory.Bars(1, 2, 4, 8, 16, 32, layer=64, loss=128)
   assert made.fixed == 7
-  assert made.total == 7 + 8 + 16 + 64
-  assert made._replace(layer=128).total == 7 + 8 + 16 + 128
+  assert made.total == 7 + 8 + 16 + 32 + 128
+  assert made._replace(layer=256).total == 7 + 8 + 16 + 32 + 256
   assert made._fields == memory.NAMES
 
 

@@ -50,7 +50,8 @@ def test_memory_is_two_bars_against_the_limit():
     ('c-parameters', 1 / 16),
     ('c-optimizer', 2 / 16),
     ('c-batch', pytest.approx(0.25 / 16, abs=1e-5)),
-    ('c-gradients', 1 / 16),
+    ('c-copies', 0.5 / 16),
+    ('c-gradients', 0.5 / 16),
     ('c-activations', 3 / 16),
     ('c-loss', pytest.approx(2.75 / 16, abs=1e-5)),  # a layer takes turns
   ]

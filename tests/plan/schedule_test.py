@@ -59,6 +59,20 @@ def test_a_narrow_product_takes_its_traffic_and_is_bound_by_it():
   assert found.flops == 2 * 4096 * 14336
 
 
+def test_products_of_eight_bits_take_half_as_long():
+  lines = (
+    '  %a.1 = s8[8192,4096]{1,0} parameter(3)\n'
+    '  %b.1 = s8[4096,14336]{1,0} parameter(4)\n'
+    '  %m.1 = s32[8192,14336]{1,0} dot(%a.1, %b.1), '
+    'lhs_contracting_dims={1}, rhs_contracting_dims={0}\n'
+  )
+  found = cost(lines)
+  assert found.flops == 2 * 8192 * 4096 * 14336
+  assert found.matmul == pytest.approx(found.flops / (2 * V5E.flops))
+  v4 = cost(lines, topology=chips.find('v4-8'))
+  assert v4.matmul == pytest.approx(found.flops / chips.CHIPS['v4'].flops)
+
+
 def test_what_is_near_costs_no_traffic():
   near = made_plans.X.replace('(2,1)}', '(2,1)S(1)}')
   found = cost(f'  %n.1 = {near} negate(%x.1)\n  %m.1 = {near} negate(%n.1)\n')

@@ -56,12 +56,15 @@ class Block(nn.Module):
       init = nn.initializers.normal(config.init_std)
     return held(self, name, init, shape)
 
-  def joined(self, shapes: dict[str, tuple[int, ...]]) -> jax.Array | None:
-    """Weights of the same inputs as one matrix, or None (per_device.py)."""
+  def joined(
+    self, shapes: dict[str, tuple[int, ...]], output: bool = False
+  ) -> jax.Array | None:
+    """Weights as one matrix [D, all else], or None (per_device.joined)."""
     if not per_device.is_inside():
       return None
-    init = nn.initializers.normal(self.config.init_std)
-    leaves = [held(self, name, init, shape) for name, shape in shapes.items()]
+    leaves = [
+      self.weight(name, shape, output) for name, shape in shapes.items()
+    ]
     names = ['/'.join((*self.path, name)) for name in shapes]
     return per_device.joined(names, leaves, self.dtype)
 
@@ -70,11 +73,16 @@ class Block(nn.Module):
     dim = self.config.dim
     gate = self.matrix(f'{prefix}gate', (dim, hidden))
     up = self.matrix(f'{prefix}up', (dim, hidden))
-    a_BLF = weights.einsum('BLD,DF->BLF', h_BLD, gate, self.dtype)
-    b_BLF = weights.einsum('BLD,DF->BLF', h_BLD, up, self.dtype)
+    a_BLF = self.times('BLD,DF->BLF', h_BLD, gate)
+    b_BLF = self.times('BLD,DF->BLF', h_BLD, up)
     down = self.matrix(f'{prefix}down', (hidden, dim), output=True)
     c_BLF = ACTIVATIONS[self.config.activation](a_BLF) * b_BLF
-    return weights.einsum('BLF,FD->BLD', c_BLF, down, self.dtype)
+    return self.times('BLF,FD->BLD', c_BLF, down)
+
+  def times(self, spec: str, x: jax.Array, weight: Any) -> jax.Array:
+    """`weights.einsum` as the network has it."""
+    matmul = self.config.matmul
+    return weights.einsum(spec, x, weight, self.dtype, matmul)
 
   @property
   def is_packed(self) -> bool:

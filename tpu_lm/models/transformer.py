@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tpu_lm import per_device, sharding, target, weights
+from tpu_lm import low_precision, per_device, sharding, target, weights
 from tpu_lm.models import attention, moe, remat, ring, rope
 from tpu_lm.models.block import ACTIVATIONS, Block, held, rms_norm
 from tpu_lm.models.ring import Cache
@@ -82,6 +82,7 @@ class Config:
   init_std: float = 0.02
   zero_init_output: bool = True  # what blocks add starts at zero
   dtype: str = 'float32'  # of the matmuls; parameters are float32
+  matmul: str = ''  # int8 or fp8: products in 8 bits; see low_precision.py
   remat: str = 'none'  # what the backward pass keeps; see remat.py
   loss_chunk: int = 0  # positions whose logits are held; 0: by the device
   attention: str = 'auto'  # which kernel; see attention.py
@@ -120,6 +121,7 @@ class Config:
       ('remat', remat.POLICIES),
       ('rope_scaling', rope.SCALINGS),
       ('dtype', ('float32', 'bfloat16', 'float16')),
+      ('matmul', low_precision.KINDS),
       ('attention', attention.IMPLEMENTATIONS),
       ('router', moe.ROUTERS),
       ('moe_form', moe.FORMS),
@@ -224,12 +226,19 @@ class Attention(Block):
     if self.is_packed:
       y_BLD = self.product('o', out_BLHK.reshape(*out_BLHK.shape[:2], -1))
     else:
-      shape = config.num_heads, head, config.dim
-      weight = self.matrix('o', shape, output=True)
-      y_BLD = weights.einsum('BLHK,HKD->BLD', out_BLHK, weight, self.dtype)
+      y_BLD = self._written(out_BLHK)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
     return y_BLD, slots
+
+  def _written(self, out_BLHK: jax.Array) -> jax.Array:
+    """What heads found, for the residual stream."""
+    shape = *out_BLHK.shape[2:], self.config.dim
+    if (weight_DF := self.joined({'o': shape}, output=True)) is not None:
+      out_BLF = out_BLHK.reshape(*out_BLHK.shape[:2], -1)
+      return self.times('BLF,DF->BLD', out_BLF, weight_DF)
+    weight = self.matrix('o', shape, output=True)
+    return self.times('BLHK,HKD->BLD', out_BLHK, weight)
 
   def _projected(self, h_BLD, cos, sin) -> list[jax.Array]:
     """Queries, keys and values, rotated."""
@@ -240,7 +249,7 @@ class Attention(Block):
     if self.is_packed:
       joint = self.product('qkv', h_BLD)
     elif (weight_DF := self.joined(shapes)) is not None:
-      joint = weights.einsum('BLD,DF->BLF', h_BLD, weight_DF, self.dtype)
+      joint = self.times('BLD,DF->BLF', h_BLD, weight_DF)
     if joint is not None:
       joint = joint.reshape(*joint.shape[:2], -1, head)
       ends = config.num_heads, config.num_heads + config.kv_heads
@@ -251,7 +260,7 @@ class Attention(Block):
         y = joint[name]
       else:
         weight = self.matrix(name, shapes[name])
-        y = weights.einsum('BLD,DHK->BLHK', h_BLD, weight, self.dtype)
+        y = self.times('BLD,DHK->BLHK', h_BLD, weight)
       if config.qkv_bias:
         bias = self.param(
           f'{name}_bias', nn.initializers.zeros, shapes[name][1:]

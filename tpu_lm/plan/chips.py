@@ -25,10 +25,11 @@ class Chip(NamedTuple):
   cycles: float  # a second, where the compiler's counts of them are right
   full: int  # a side of the torus from which on it is closed to a ring
   is_gpu: bool = False
+  low: float = 2.0  # times as many FLOPs of operands of 8 bits
 
 
 CHIPS = {
-  'v4': Chip('v4', 275e12, 30.75 * 2**30, 1.23e12, 4.5e10, 6.25e9, 0, 4),
+  'v4': Chip('v4', 275e12, 30.75 * 2**30, 1.23e12, 4.5e10, 6.25e9, 0, 4, low=1),
   'v5e': Chip('v5e', 197e12, 15.75 * 2**30, 8.1e11, 4.5e10, 3.125e9, 1.5e9, 16),
   'v5p': Chip('v5p', 459e12, 95.74 * 2**30, 2.765e12, 9e10, 6.25e9, 0, 4),
   'v6e': Chip('v6e', 918e12, 31.25 * 2**30, 1.64e12, 9e10, 6.25e9, 0, 16),

@@ -18,6 +18,7 @@ _BYTES = {
   'f8e5m2': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4,
   'f32': 4, 's64': 8, 'u64': 8, 'f64': 8,
 }  # fmt: skip
+_EIGHT_BITS = ('s8', 'u8', 'f8e4m3fn', 'f8e5m2')
 _ARRAY = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?')
 _HEAD = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = ')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition)=%?([\w.-]+)')
@@ -196,14 +197,27 @@ def trips(program: Program, loop: Op) -> int:
   return 1
 
 
-def flops(program: Program, computation: str, op: Op) -> float:
-  """Of a matrix product, or of all within what the instruction calls."""
+def flops(
+  program: Program, computation: str, op: Op, low: float = 1.0
+) -> float:
+  """Of a matrix product, or of all within what the instruction calls.
+
+  Args:
+    program: that it is of.
+    computation: that it is in.
+    op: the instruction.
+    low: products of 8 bits count as one part in so many.
+  """
   if op.kind in ('dot', 'convolution'):
-    return _product_flops(program, computation, op)
+    small = low > 1 and all(
+      side is not None and side.results[0].dtype in _EIGHT_BITS
+      for side in (program.find(computation, name) for name in op.operands[:2])
+    )
+    return _product_flops(program, computation, op) / (low if small else 1)
   if op.kind != 'fusion':
     return 0.0
   return sum(
-    flops(program, name, one)
+    flops(program, name, one, low)
     for name in op.called
     for one in program.computations.get(name, ())
   )

@@ -1,10 +1,11 @@
 """What fills the memory of a device: counted before the compiler is asked.
 
 Parameters, optimizer state and batch are exact: shapes, shared out as
-sharding.py says. What an update needs besides is a model of it: gradients, what
-the backward pass keeps of each layer (models/remat.py), one layer at work with
-its gathered weights, and the loss with the gathered head. The table shows the
-compiler's figure beside it.
+sharding.py says. What an update needs besides is a model of it: what the
+backward pass keeps of each layer (models/remat.py), one layer at work with its
+gathered weights, and the loss with the gathered head. How many arrays are there
+at once was counted in programs of XLA's TPU compiler, where most are; the table
+shows the compiler's figure beside it.
 """
 
 import math
@@ -24,9 +25,10 @@ class Bars(NamedTuple):
   parameters: float
   optimizer: float
   batch: float
-  gradients: float
+  copies: float  # of the layers' weights, in the dtype of the products
+  gradients: float  # sums over microbatches
   activations: float  # kept for the backward pass, of all layers
-  layer: float  # one layer at work, weights that are gathered for it included
+  layer: float  # one at work, gathered weights and all gradients included
   loss: float  # head, its gradient, logits
 
   @property
@@ -37,11 +39,12 @@ class Bars(NamedTuple):
   @property
   def total(self) -> float:
     """The most that is there at once: a layer and the loss take turns."""
-    rest = self.gradients + self.activations
+    rest = self.copies + self.gradients + self.activations
     return self.fixed + rest + max(self.layer, self.loss)
 
 
 NAMES = Bars._fields
+_FULL = 4  # bytes of a number that is trained
 
 
 def num_bytes(tree: Any, itemsize: int = 0) -> float:
@@ -58,15 +61,17 @@ def bars(parts: Parts, microbatches: int) -> Bars:
   config, mesh = parts.model.config, parts.mesh
   tokens = columns.num_tokens(parts.batch) / microbatches / mesh.size
   tokens *= mesh.shape['tensor']
-  trained = jax.tree.leaves(parts.state.params)
   size = np.dtype(config.dtype).itemsize
+  gradients = num_bytes(parts.state.params)
+  layers = parts.state.params.get('layers', ())
   return Bars(
     parameters=num_bytes(parts.state.params) + num_bytes(parts.frozen),
     optimizer=num_bytes(parts.state.optimizer),
     batch=num_bytes(parts.batch),
-    gradients=num_bytes(trained) * (2 if microbatches > 1 else 1),
+    copies=num_bytes(layers, size) if size < _FULL else 0.0,
+    gradients=gradients if microbatches > 1 else 0.0,
     activations=config.num_layers * tokens * kept(config, mesh) * size,
-    layer=_layer(parts, tokens, size),
+    layer=gradients + _layer(parts, tokens, size),
     loss=_loss(parts, microbatches, tokens, size),
   )
 
@@ -92,7 +97,13 @@ def kept(config: Any, mesh: Any) -> float:
 
 
 def _layer(parts: Parts, tokens: float, size: int) -> float:
-  """One layer's backward pass, with the weights of the next on their way."""
+  """The backward pass of a layer's feed-forward, where most is there.
+
+  That is six times its hidden units: two products, their gradients, what they
+  were multiplied to and its gradient. Beside it the residual stream, its
+  gradient and what norms made of both, queries, keys and values, and how the
+  kernel of attention has them.
+  """
   config, mesh = parts.model.config, parts.mesh
   tensor = mesh.shape['tensor']
   leaves = jax.tree_util.tree_leaves_with_path(parts.state.params)
@@ -101,13 +112,14 @@ def _layer(parts: Parts, tokens: float, size: int) -> float:
     for path, leaf in leaves
     if sharding.path_name(path).startswith('layers/')
   )
-  weights = weights * size / tensor
-  hidden = config.hidden_dim / tensor
-  if config.num_experts:
-    hidden = 2 * config.expert_size * config.experts_per_token / tensor
-  heads = config.num_heads * config.head_size / tensor
-  working = tokens * size * (4 * config.dim + 4 * heads + 3 * hidden)
-  return 2 * weights + working
+  hidden, streams = config.hidden_dim, 4
+  if config.num_experts:  # rows of the choices, their gradients, their sum
+    hidden = config.expert_size * config.experts_per_token / 2
+    streams += 2 * config.experts_per_token + 2
+  heads = (config.num_heads + config.kv_heads) * config.head_size
+  rows = 4 if config.remat in ('full', 'offload') else 2  # made again, or kept
+  working = 6 * hidden / tensor + streams * config.dim + rows * heads / tensor
+  return size * (weights / tensor + tokens * working)
 
 
 def _kept_apart(path: tuple, mesh: Any) -> float:
@@ -117,7 +129,7 @@ def _kept_apart(path: tuple, mesh: Any) -> float:
 
 
 def _loss(parts: Parts, microbatches: int, tokens: float, size: int) -> float:
-  """The head, its gradient in float32, a chunk of logits twice."""
+  """The head, its gradient in float32, a chunk of logits, hidden states."""
   config, mesh = parts.model.config, parts.mesh
   table = config.vocab_size * config.dim / mesh.shape['tensor']
   rows, columns = next(iter(parts.batch.values())).shape
@@ -127,5 +139,5 @@ def _loss(parts: Parts, microbatches: int, tokens: float, size: int) -> float:
       shape, config.vocab_size, config.loss_chunk
     )
   chunk *= shape[0] // sharding.num_batch_shards(mesh)
-  logits = 2 * 4 * chunk * config.vocab_size / mesh.shape['tensor']
-  return table * (size + 4) + logits + tokens * config.dim * size * 2
+  logits = _FULL * chunk * config.vocab_size / mesh.shape['tensor']
+  return table * (size + _FULL) + logits + 3 * tokens * config.dim * size

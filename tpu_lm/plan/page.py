@@ -19,9 +19,10 @@ _PARTS = {
   'parameters': 'the weights that a device holds',
   'optimizer': 'its moments of them',
   'batch': 'the rows of a step',
+  'copies': 'the weights of the layers, in the dtype of the products',
   'gradients': 'of its weights, summed over microbatches',
   'activations': 'what the backward pass finds kept of all layers',
-  'layer': 'one layer at work, with its gathered weights',
+  'layer': 'one layer at work: its gathered weights, and all gradients',
   'loss': 'the head, its gradient, logits',
 }
 _TIMES = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from tpu_lm import devices
 
-_FORM = 2  # of a record; those of another are not found
+_FORM = 3  # of a record; those of another are not found
 
 
 def key(lowered: Any, mesh: Any, options: dict[str, Any], version: str) -> str:

@@ -156,11 +156,12 @@ class Reader:
       return
     if self._only_carries(op):
       return
-    flops = hlo.flops(self.program, computation, op)
-    flops += kernels.flops(op, index, self.held)
+    kernel = kernels.flops(op, index, self.held)
+    flops = kernel + hlo.flops(self.program, computation, op)
+    busy = kernel + hlo.flops(self.program, computation, op, self.chip.low)
     if op.kind == 'custom-call' and op.target != 'tpu_custom_call':
       return
-    busy = flops / self.chip.flops
+    busy /= self.chip.flops
     moved = traffic.of(self.program, op, index) / self.chip.bandwidth
     took = max(busy, moved)
     if self.chip.cycles and op.cycles:
