@@ -148,6 +148,42 @@ def test_a_small_network_is_planned_for_four_chips(tmp_path):
   check_schedule(tmp_path, 'v5e:2x2', TINY)
 
 
+@pytest.mark.skipif(
+  importlib.util.find_spec('jax_plugins') is None
+  or importlib.util.find_spec('jax_plugins.xla_cuda13') is None,
+  reason="needs the CUDA plug-in: pip install 'tpu_lm[cuda]'",
+)
+def test_gpus_are_planned_where_their_compiler_is(tmp_path):
+  done = planned(tmp_path, 'h100-8', 240, **TINY)
+  assert done.returncode == 0, done.stderr
+  path = tmp_path / 'mine.plan' / 'h100-8.json'
+  record = json.loads(path.read_text())
+  assert record['fits']
+  assert record['mesh'] == {'fsdp': 8}
+  assert record['memory']['compiled'] > 0
+  kinds = {one['kind'] for one in record['collectives']}
+  assert {'all-gather', 'reduce-scatter'} <= kinds
+  assert 'attention by chunks' in done.stdout
+
+
+def test_products_of_eight_bits_are_the_chips_own(tmp_path):
+  done = planned(tmp_path, 'v5e:2x2', 240, '--config.model.matmul=int8', **TINY)
+  assert done.returncode == 0, done.stderr
+  (kept,) = (tmp_path / 'kept' / 'plans').glob('*.json.gz')
+  text = json.loads(gzip.decompress(kept.read_bytes()))['text']
+  program = hlo.parse(text)
+  whole, halved = (
+    sum(
+      hlo.flops(program, name, op, low)
+      for name, ops in program.computations.items()
+      for op in ops
+      if op.kind in ('dot', 'convolution')
+    )
+    for low in (1.0, 2.0)
+  )
+  assert 0.5 * whole < halved < 0.9 * whole
+
+
 def test_what_cannot_be_is_one_line(tmp_path):
   for topology, said in (
     ('v5e-9', '--topology=v5e-9: unknown'),

@@ -10,6 +10,9 @@ HONEST = (
   "the compiler's program and a roofline, no measurement: products at the "
   "chip's peak, memory and links at their bandwidth"
 )
+_WITHOUT_GPU = (
+  "; attention by chunks, since cuDNN's kernel is made only where a GPU is"
+)
 _HOUR = 3600.0
 
 
@@ -62,7 +65,7 @@ def described(config: Any, topology: Topology, mesh: Any) -> dict:
     'microbatches': config.microbatches,
     'batch_size': config.batch_size,
     'length': config.data.length,
-    'note': HONEST,
+    'note': HONEST + (_WITHOUT_GPU if topology.chip.is_gpu else ''),
   }
 
 

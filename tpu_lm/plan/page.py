@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tpu_lm.plan import estimate, gantt, memory
+from tpu_lm.plan import gantt, memory
 from tpu_lm.report import page
 from tpu_lm.report.markup import code, figure, html, join, number, spell, table
 
@@ -51,7 +51,7 @@ def of(record: dict[str, Any]) -> str:
 
 def _lead(record: dict[str, Any]) -> Markup:
   """What it is, and the figures that one asks for first."""
-  said = html('<p class="lead">This is {}.</p>', estimate.HONEST)
+  said = html('<p class="lead">This is {}.</p>', record['note'])
   refusal = record['refusal']
   if refusal:
     refusal = html('<p class="refusal">The compiler refuses: {}</p>', refusal)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tpu_lm.plan import estimate, memory
+from tpu_lm.plan import memory
 
 _GIB = 2**30
 
@@ -88,7 +88,7 @@ def _notes(records: list[dict[str, Any]]) -> list[str]:
     'step s: estimated; matmul, memory: seconds bound by either; links: waited',
     'for collectives; hidden: share of the bytes of collectives within loops',
     'that is asynchronous; model GiB: the analytic model of memory.',
-    f'This is {estimate.HONEST}.',
+    *sorted({f'This is {record["note"]}.' for record in records}),
   ]
   return lines
 

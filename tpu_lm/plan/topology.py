@@ -25,6 +25,30 @@ _ENVIRONMENT = {
 }
 
 
+_PLUGINS = ('jax_plugins.xla_cuda13', 'jax_plugins.xla_cuda12')
+_GPUS_A_HOST = 8
+# An H100 as the CUDA driver describes it.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000 device_memory_size: 84929347584
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472 shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  threads_per_warp: 32 threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+"""
+
+
 def set_up() -> None:
   """Readies this process to plan; before JAX is imported."""
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -40,7 +64,7 @@ def devices(topology: Topology) -> list[Any]:
   """
   if topology.chip.is_gpu:
     return _gpus(topology)
-  if importlib.util.find_spec('libtpu') is None:
+  if not _is_installed('libtpu'):
     raise UserError(
       f'--topology={topology.name}: needs the TPU compiler; pip install '
       "'tpu_lm[plan]'"
@@ -66,6 +90,13 @@ def devices(topology: Topology) -> list[Any]:
   return list(found.devices)
 
 
+def _is_installed(name: str) -> bool:
+  try:
+    return importlib.util.find_spec(name) is not None
+  except ModuleNotFoundError:  # nor is the package that it would be in
+    return False
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Lets libtpu's notes about the machine go to the void while it loads."""
@@ -80,9 +111,26 @@ def _quiet() -> Iterator[None]:
 
 
 def _gpus(topology: Topology) -> list[Any]:
-  if importlib.util.find_spec('jax_plugins.xla_cuda13') is None:
+  if not any(map(_is_installed, _PLUGINS)):
     raise UserError(
       f'--topology={topology.name}: needs the CUDA plug-in of JAX; pip install '
       "'tpu_lm[cuda]'"
     )
-  raise UserError(f'--topology={topology.name}: not yet')
+  from jax._src import xla_bridge
+  from jax.experimental import topologies
+
+  # JAX calls the platform of these devices gpu, which it can tell to be cuda
+  # only where there is one (jax-ml/jax#23971).
+  known = xla_bridge.canonicalize_platform
+  xla_bridge.canonicalize_platform = lambda name: (
+    'cuda' if name in ('gpu', 'cuda') else known(name)
+  )
+  hosts, left = divmod(topology.size, _GPUS_A_HOST)
+  shape = (hosts, _GPUS_A_HOST) if hosts and not left else (1, topology.size)
+  with _quiet():
+    made = topologies.get_topology_desc(
+      platform='cuda',
+      topology='x'.join(map(str, (1, *shape))),
+      target_config=_H100,
+    )
+  return list(made.devices)
