@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
@@ -191,31 +192,36 @@ def _or_none(grad: Any) -> jax.Array | None:
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward, symbolic_zeros=True)
 
 
-def joined(names: list[str], leaves: list[Any], dtype: Any) -> jax.Array | None:
-  """Matrices as one, [what is shared out, all else of all], gathered.
+def all_whole(names: list[str], leaves: list[Any], dtype: Any) -> list[Any]:
+  """`whole` of matrices of the same inputs, by one collective if it can be.
 
-  Small collectives wait longest; one for all is large. And what is gathered is
-  used as it is: of heads apart, a TPU would make a copy. None where it cannot
-  be: outside, for weights that are no arrays, or with `tensor`.
+  Small collectives wait longest; one for all is large.
 
   Args:
     names: their paths.
-    leaves: one dimension, of the same size, shared out.
-    dtype: in which they are gathered.
+    leaves: [D, …].
+    dtype: as in `whole`.
   """
   free = sharding.free_axes(jax.sharding.get_abstract_mesh())
   plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
-  if not is_inside() or not plain or free.get('tensor', 1) > 1:
-    return None
-  found, parts = set(), []
-  for name, leaf in zip(names, leaves, strict=True):
-    dims = list(enumerate(_shared_out(name, leaf.ndim)))
-    dim, axes = next((pair for pair in dims if pair[1]), (0, ()))
-    found.add(axes)
-    parts.append(_rows(leaf.astype(dtype), dim, False)[0])
-  if len(found) > 1 or not axes:
-    return None
-  return _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
+  pairs = list(zip(names, leaves, strict=True))
+  if is_inside() and plain and free.get('tensor', 1) == 1:
+    dims = {_shared_out(name, leaf.ndim)[0] for name, leaf in pairs}
+    if len(dims) == 1 and (axes := dims.pop()):
+      return _all_gathered(leaves, axes, dtype)
+  return [whole(name, leaf, dtype) for name, leaf in pairs]
+
+
+def _all_gathered(leaves: list[jax.Array], axes: tuple[str, ...], dtype: Any):
+  """[D, …] of each, from [D / devices, …]."""
+  parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
+  found = _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
+  ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+  # Apart here: a TPU would have to copy what heads made of a joint matrix.
+  return [
+    part.reshape(-1, *leaf.shape[1:])
+    for part, leaf in zip(jnp.split(found, ends, axis=1), leaves, strict=True)
+  ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -56,17 +56,12 @@ class Block(nn.Module):
       init = nn.initializers.normal(config.init_std)
     return held(self, name, init, shape)
 
-  def joined(
-    self, shapes: dict[str, tuple[int, ...]], output: bool = False
-  ) -> jax.Array | None:
-    """Weights as one matrix [D, all else], or None (per_device.joined)."""
-    if not per_device.is_inside():
-      return None
-    leaves = [
-      self.weight(name, shape, output) for name, shape in shapes.items()
-    ]
+  def matrices(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Several weights of the same inputs, gathered at once."""
+    leaves = [self.weight(name, shape) for name, shape in shapes.items()]
     names = ['/'.join((*self.path, name)) for name in shapes]
-    return per_device.joined(names, leaves, self.dtype)
+    found = per_device.all_whole(names, leaves, self.dtype)
+    return dict(zip(shapes, found, strict=True))
 
   def gated(self, h_BLD: jax.Array, hidden: int, prefix: str = ''):
     """act(h gate) * (h up), times down; `hidden` units (arXiv 2002.05202)."""

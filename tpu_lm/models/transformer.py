@@ -226,41 +226,30 @@ class Attention(Block):
     if self.is_packed:
       y_BLD = self.product('o', out_BLHK.reshape(*out_BLHK.shape[:2], -1))
     else:
-      y_BLD = self._written(out_BLHK)
+      weight = self.matrix('o', (config.num_heads, head, config.dim), True)
+      y_BLD = self.times('BLHK,HKD->BLD', out_BLHK, weight)
     if config.post_norms:
       y_BLD = self.normed('post_norm', y_BLD)
     return y_BLD, slots
-
-  def _written(self, out_BLHK: jax.Array) -> jax.Array:
-    """What heads found, for the residual stream."""
-    shape = *out_BLHK.shape[2:], self.config.dim
-    if (weight_DF := self.joined({'o': shape}, output=True)) is not None:
-      out_BLF = out_BLHK.reshape(*out_BLHK.shape[:2], -1)
-      return self.times('BLF,DF->BLD', out_BLF, weight_DF)
-    weight = self.matrix('o', shape, output=True)
-    return self.times('BLHK,HKD->BLD', out_BLHK, weight)
 
   def _projected(self, h_BLD, cos, sin) -> list[jax.Array]:
     """Queries, keys and values, rotated."""
     config, head = self.config, self.config.head_size
     counts = {'q': config.num_heads, 'k': config.kv_heads, 'v': config.kv_heads}
     shapes = {name: (config.dim, n, head) for name, n in counts.items()}
-    joint = None
     if self.is_packed:
       joint = self.product('qkv', h_BLD)
-    elif (weight_DF := self.joined(shapes)) is not None:
-      joint = self.times('BLD,DF->BLF', h_BLD, weight_DF)
-    if joint is not None:
       joint = joint.reshape(*joint.shape[:2], -1, head)
       ends = config.num_heads, config.num_heads + config.kv_heads
       joint = dict(zip('qkv', jnp.split(joint, ends, axis=2), strict=True))
+    else:
+      matrices = self.matrices(shapes)
 
     def project(name: str) -> jax.Array:
-      if joint:
+      if self.is_packed:
         y = joint[name]
       else:
-        weight = self.matrix(name, shapes[name])
-        y = self.times('BLD,DHK->BLHK', h_BLD, weight)
+        y = self.times('BLD,DHK->BLHK', h_BLD, matrices[name])
       if config.qkv_bias:
         bias = self.param(
           f'{name}_bias', nn.initializers.zeros, shapes[name][1:]
