@@ -54,10 +54,11 @@ def test_a_layer_at_work_has_its_weights_whole():
 
 
 def test_the_loss_has_the_head_whole_and_logits():
-  found = bars(fsdp=8)
+  rest = 4 * 16 * 64 + 3 * 16 * 32 * 2  # logits of all positions, hidden states
   head = 64 * 32 * (2 + 4)  # gathered, and its gradient in float32
-  logits = 4 * 16 * 64  # all of so few positions at once
-  assert found.loss == head + logits + 3 * 16 * 32 * 2
+  assert bars(fsdp=4, batch_size=4).loss == head + rest
+  # Shards of four columns are no whole tiles: there is a copy.
+  assert bars(fsdp=8).loss == head + 64 * 32 * 2 + rest
 
 
 def test_chunks_of_the_loss_hold_fewer_logits():

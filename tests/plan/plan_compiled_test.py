@@ -184,6 +184,28 @@ def test_products_of_eight_bits_are_the_chips_own(tmp_path):
   assert 0.5 * whole < halved < 0.9 * whole
 
 
+@pytest.mark.slow
+def test_the_kernels_of_experts_compile_for_tpus(tmp_path):
+  done = planned(
+    tmp_path, 'v5e:2x2', 400, '--config.model.num_experts=4',
+    '--config.mesh.fsdp=2', '--config.mesh.expert=2', **TINY,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (kept,) = (tmp_path / 'kept' / 'plans').glob('*.json.gz')
+  program = hlo.parse(json.loads(gzip.decompress(kept.read_bytes()))['text'])
+  kernels = [
+    op.name.split('.')[0]
+    for ops in program.computations.values()
+    for op in ops
+    if op.target == 'tpu_custom_call'
+  ]
+  # Three products forward, two of them again, and two gradients of each.
+  assert kernels.count('tgmm') == 3
+  assert kernels.count('gmm') >= 3 + 2 + 3
+  record = json.loads((tmp_path / 'mine.plan/v5e_2x2.json').read_text())
+  assert record['hardware_flops'] > record['model_flops']
+
+
 def test_what_cannot_be_is_one_line(tmp_path):
   for topology, said in (
     ('v5e-9', '--topology=v5e-9: unknown'),

@@ -45,6 +45,7 @@ class Bars(NamedTuple):
 
 NAMES = Bars._fields
 _FULL = 4  # bytes of a number that is trained
+_TILE = 8  # rows of a TPU's, of which shards of a matrix should be multiples
 
 
 def num_bytes(tree: Any, itemsize: int = 0) -> float:
@@ -140,4 +141,8 @@ def _loss(parts: Parts, microbatches: int, tokens: float, size: int) -> float:
     )
   chunk *= shape[0] // sharding.num_batch_shards(mesh)
   logits = _FULL * chunk * config.vocab_size / mesh.shape['tensor']
-  return table * (size + _FULL) + logits + 3 * tokens * config.dim * size
+  shards = math.prod(mesh.shape[a] for a in sharding.rows_over(mesh)[1:])
+  # Shards that are no whole tiles are put together by a copy.
+  copies = 2 if config.dim // shards % _TILE else 1
+  head = table * (copies * size + _FULL)
+  return head + logits + 3 * tokens * config.dim * size
