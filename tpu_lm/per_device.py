@@ -212,7 +212,9 @@ def all_whole(names: list[str], leaves: list[Any], dtype: Any) -> list[Any]:
   return [whole(name, leaf, dtype) for name, leaf in pairs]
 
 
-def _all_gathered(leaves: list[jax.Array], axes: tuple[str, ...], dtype: Any):
+def _all_gathered(
+  leaves: list[jax.Array], axes: tuple[str, ...], dtype: Any
+) -> list[jax.Array]:
   """[D, …] of each, from [D / devices, …]."""
   parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
   found = _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
