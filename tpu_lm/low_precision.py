@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from tpu_lm import target
+from tpu_lm import quantize, target
 
 # What operands and gradients are rounded to.
 _DTYPES = {
@@ -48,7 +48,7 @@ def _forward(spec, x, weight, kind):
 def _backward(spec, kind, kept, y_grad):
   x, weight = kept
   number, gradient = _DTYPES[kind]
-  letters, weight_letters, output = _letters(spec)
+  letters, weight_letters, output = quantize.letters_of(spec)
   x_grad = _rounded_product(
     f'{output},{weight_letters}->{letters}',
     (y_grad, gradient),
@@ -61,13 +61,8 @@ def _backward(spec, kind, kept, y_grad):
 einsum.defvjp(_forward, _backward)
 
 
-def _letters(spec: str) -> tuple[str, str, str]:
-  inputs, output = spec.split('->')
-  return *inputs.split(','), output
-
-
 def _rounded_product(spec: str, *operands: tuple[jax.Array, jnp.dtype]):
-  *letters, output = _letters(spec)
+  *letters, output = quantize.letters_of(spec)
   parts = [
     _rounded(x, tuple(n for n, k in enumerate(own) if k not in output), dtype)
     for (x, dtype), own in zip(operands, letters, strict=True)
