@@ -129,6 +129,23 @@ def devices(count: int = 8):
   return jax.devices()[:count]
 
 
+# One that fits, and one that does not (stages.py).
+OTHERS = [
+  {
+    'program': 'decode',
+    'fits': True,
+    'refusal': '',
+    'seconds': 0.0125,
+    'tokens_per_second': 20_480.0,
+    'compiled': 5 * GIB,
+    'parameters': 2 * GIB,
+    'cache': 1 * GIB,
+    'bound': 'memory',
+  },
+  {'program': 'prefill', 'fits': False, 'refusal': 'too much'},
+]
+
+
 def record(fits: bool = True, **given) -> dict:
   """What `tpu_lm plan` would keep of a network that waits for its links."""
   made = {

@@ -144,18 +144,8 @@ def test_what_does_not_fit_is_shown_with_the_refusal():
 
 
 def test_other_programs_have_a_table():
-  fits = {
-    'program': 'decode',
-    'fits': True,
-    'refusal': '',
-    'seconds': 0.0125,
-    'tokens_per_second': 20_480.0,
-    'compiled': 5 * made_plans.GIB,
-    'bound': 'memory',
-  }
-  refused = {'program': 'prefill', 'fits': False, 'refusal': 'too much'}
-  text = shown(made_plans.record(programs=[fits, refused])).text
-  assert 'decode 12.5 ms 20,480 5.00 GiB traffic to memory' in text
+  text = shown(made_plans.record(programs=made_plans.OTHERS)).text
+  assert 'decode 12.5 ms 20,480 5.00 GiB 2.00 GiB 1.00 GiB traffic' in text
   assert 'prefill: too much' in text
   assert 'The other programs' not in shown(made_plans.record()).text
 

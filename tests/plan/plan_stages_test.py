@@ -38,6 +38,10 @@ def test_one_that_samples_reads_prompts_and_decodes():
   assert tokens == pytest.approx(
     {'scoring': 32 * 32, 'prefill': 8 * 16, 'decode': 8 * 4}
   )
+  assert 'cache' not in found['prefill']
+  decode = found['decode']
+  assert 0 < decode['cache'] < decode['compiled']
+  assert 0 < decode['parameters'] < decode['compiled']
   # A token a slot, over eight devices.
   assert found['decode']['model_flops'] == FLOPS * 32 / 8
   assert all(one['fits'] for one in found.values())

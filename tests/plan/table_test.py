@@ -66,18 +66,11 @@ def test_columns_stand_below_each_other():
 
 
 def test_other_programs_are_told_of():
-  fits = {
-    'program': 'decode',
-    'fits': True,
-    'refusal': '',
-    'seconds': 0.0125,
-    'tokens_per_second': 20_480.0,
-    'compiled': 5 * made_plans.GIB,
-    'bound': 'memory',
-  }
-  refused = {'program': 'prefill', 'fits': False, 'refusal': 'too much'}
-  text = table.of_records([made_plans.record(programs=[fits, refused])])
-  assert 'decode: 12.5 ms, 20,480 tokens/s, 5.00 GiB, bound by memory' in text
+  text = table.of_records([made_plans.record(programs=made_plans.OTHERS)])
+  assert (
+    'decode: 12.5 ms, 20,480 tokens/s, 5.00 GiB (parameters 2.00, cache 1.00), '
+    'bound by memory'
+  ) in text
   assert 'prefill: does not fit: too much' in text
 
 

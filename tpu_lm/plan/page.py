@@ -243,11 +243,14 @@ def _passes(spans: list[dict[str, Any]]) -> Markup:
 
 
 def _programs(record: dict[str, Any]) -> Markup:
-  heads = ('program', 'a call', 'tokens a second', 'memory', 'bound by')
+  heads = (
+    'program', 'a call', 'tokens a second', 'memory', 'parameters', 'cache',
+    'bound by',
+  )  # fmt: skip
   rows, refused = [], []
   for one in record['programs']:
     if not one['fits']:
-      rows.append((one['program'], 'does not fit', '', '', ''))
+      rows.append((one['program'], 'does not fit', *[''] * 5))
       text = f'{one["program"]}: {one["refusal"]}'
       refused.append(html('<p class="refusal">{}</p>', text))
       continue
@@ -257,12 +260,14 @@ def _programs(record: dict[str, Any]) -> Markup:
         gantt.spoken(one['seconds']),
         number(one['tokens_per_second'], 'count'),
         _gib(one['compiled']),
+        _gib(one['parameters']),
+        _gib(one['cache']) if 'cache' in one else '',
         _TIMES[one['bound']],
       )
     )
   return html(
     '<p>What this stage runs beside its update.</p>\n{}\n{}',
-    table('Other programs', heads, rows, (1, 2, 3), 'folds'),
+    table('Other programs', heads, rows, (1, 2, 3, 4, 5), 'folds'),
     join(refused),
   )
 

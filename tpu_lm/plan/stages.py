@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tpu_lm import compiler, flops, rollouts, sharding, stage, target, weights
 from tpu_lm.generate import engine
 from tpu_lm.models import ring, transformer
-from tpu_lm.plan import estimate, hlo, programs
+from tpu_lm.plan import estimate, hlo, memory, programs
 from tpu_lm.plan.chips import Topology
 
 _SCORES = ('dpo', 'kto')  # rows that were prepared, by a reference
@@ -105,7 +105,8 @@ def _decode(
   arguments = _params(parts), cache, tokens, tokens
   compiled = _compiled(decode, arguments, parts, groups, donate=1)
   a_token = 2 * flops.matmul_parameters(config)
-  return _record('decode', compiled, topology, parts, slots, a_token)
+  made = _record('decode', compiled, topology, parts, slots, a_token)
+  return made | {'cache': memory.num_bytes(cache)}
 
 
 def _rows(mesh: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
@@ -134,6 +135,7 @@ def _record(
   if made.refusal:
     return record
   record['compiled'] = made.num_bytes
+  record['parameters'] = memory.num_bytes(_params(parts))
   held = 1 / parts.mesh.shape['expert']
   return record | estimate.time_of(
     hlo.parse(made.text), topology, tokens, a_token, held

@@ -96,10 +96,16 @@ def _notes(records: list[dict[str, Any]]) -> list[str]:
 def _other(record: dict[str, Any]) -> str:
   if not record['fits']:
     return f'{record["program"]}: does not fit: {record["refusal"]}'
+  filled = ', '.join(
+    f'{name} {record[name] / _GIB:.2f}'
+    for name in ('parameters', 'cache')
+    if name in record
+  )
   return (
     f'{record["program"]}: {record["seconds"] * 1e3:,.1f} ms, '
     f'{record["tokens_per_second"]:,.0f} tokens/s, '
-    f'{record["compiled"] / _GIB:.2f} GiB, bound by {record["bound"]}'
+    f'{record["compiled"] / _GIB:.2f} GiB ({filled}), bound by '
+    f'{record["bound"]}'
   )
 
 
