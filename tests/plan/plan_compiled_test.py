@@ -232,8 +232,8 @@ def test_a_billion_parameters_are_planned_for_sixteen_chips(tmp_path):
 
 @pytest.mark.slow
 def test_gradients_are_scattered_along_both_rings_of_a_pod(tmp_path):
-  """16x16 chips; a minute of a quiet core."""
-  shape = BILLION | {'rows': 256, 'layers': 2, 'hidden': 4096}
+  """16x16 chips, each with 16 rows of a matrix; with 8 there are sums."""
+  shape = BILLION | {'rows': 256, 'layers': 2, 'dim': 4096, 'heads': 32}
   done = planned(tmp_path, 'v5e-256', 1500, **shape)
   record = check_kept(tmp_path, done, 'v5e-256', shape)
   assert record['mesh'] == {'fsdp': 16, 'fsdp_y': 16}
