@@ -131,6 +131,7 @@ def wait_for_step(workdir, step):
   raise AssertionError(f'no step {step}')
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_wall_time_of_killed_and_resumed(folder):
   """Of one process, and over a SIGKILL of two; drill sees no difference."""
   begin = time.monotonic()

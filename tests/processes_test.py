@@ -144,6 +144,7 @@ def test_four_processes_go_on_from_two(folder, whole, half, tmp_path):
   assert_ends_alike(folder, tmp_path / 'w', whole)
 
 
+@pytest.mark.slow
 def test_processes_that_share_rows_give_them_once(folder, whole, tmp_path):
   """`tensor` goes across the two: both hold all rows."""
   overrides = {'mesh.data': 1, 'mesh.tensor': 2, 'steps': 3, 'eval_every': 3}
@@ -155,7 +156,8 @@ def test_processes_that_share_rows_give_them_once(folder, whole, tmp_path):
   assert_alike(found, lines(tmp_path / 'one'))
 
 
-@pytest.mark.parametrize('gone', [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('gone', [1, 0])
 def test_where_one_is_killed_all_end_and_go_on(folder, whole, tmp_path, gone):
   workdir = tmp_path / 'w'
   options = {'checkpoint.every': 2}
@@ -174,6 +176,7 @@ def test_where_one_is_killed_all_end_and_go_on(folder, whole, tmp_path, gone):
   assert_ends_alike(folder, workdir, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_with_a_checkpoint(folder, whole, tmp_path):
   workdir = tmp_path / 'w'
   job = Job(folder, workdir, codes={1: SIGNALLED}, at={1: {'AT': 'step'}})
@@ -235,17 +238,15 @@ def rl(folder):
   }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'more',
   [
     {},
-    pytest.param(
-      {
-        'stage.resample': 1, 'stage.updates': 2, 'stage.beta': 0.05,
-        'evals': "('rewards',)", 'eval_rows': 3,
-      },
-      marks=pytest.mark.slow,
-    ),
+    {
+      'stage.resample': 1, 'stage.updates': 2, 'stage.beta': 0.05,
+      'evals': "('rewards',)", 'eval_rows': 3,
+    },
   ],
   ids=['plain', 'all'],
 )  # fmt: skip
@@ -266,6 +267,7 @@ def test_two_processes_answer_and_learn_as_one(folder, rl, tmp_path, more):
       assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), (key, a, b)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_columns_as_one(folder, tmp_path):
   teacher, _ = tiny.teacher()
   options = {

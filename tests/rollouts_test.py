@@ -180,6 +180,7 @@ def test_answers_that_stand_together_train_alike(folder, grpo):
   assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_check_proves_what_a_policy_has_answered(folder, capsys):
   """Though random parameters earn nothing, which alone would prove nothing."""
   asked = config(folder, **{

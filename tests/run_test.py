@@ -129,9 +129,9 @@ def test_a_run_is_a_function_of_its_seed(folder, whole, tmp_path):
 @pytest.mark.parametrize(
   'mesh',
   [
-    {'data': 2},
+    pytest.param({'data': 2}, marks=pytest.mark.slow),
     {'data': 1, 'fsdp': 8},
-    {'data': 2, 'fsdp': 2, 'tensor': 2},
+    pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
   ],
   ids=str,
 )

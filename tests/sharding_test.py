@@ -397,8 +397,8 @@ def adapted_gradient(spec, axes):
 @pytest.mark.parametrize(
   ('axes', 'share'),
   [
-    ({'data': 8}, 1),
-    ({'fsdp': 8}, 1 / 8),
+    pytest.param({'data': 8}, 1, marks=pytest.mark.slow),
+    pytest.param({'fsdp': 8}, 1 / 8, marks=pytest.mark.slow),
     (MIXED, 1 / 4),
     ({'data': 2, 'sequence': 2, 'tensor': 2}, 1 / 2),
   ],

@@ -405,6 +405,7 @@ def test_the_loads_of_the_bias_are_those_of_the_tokens():
   )
 
 
+@pytest.mark.slow
 def test_the_bias_is_no_part_of_the_norm_and_stays_in_skipped_steps():
   grads = gradient()[0]
   norm = updated(clip=1e-9)[3]['gradient_norm']
