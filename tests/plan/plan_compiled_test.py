@@ -244,28 +244,3 @@ def test_gradients_are_scattered_along_both_rings_of_a_pod(tmp_path):
     if one.in_loop and one.kind == 'reduce-scatter'
   }
   assert groups == {('reduce-scatter', 16)}
-
-
-@pytest.mark.slow
-def test_memory_grows_with_the_length_and_sequence_divides_it(tmp_path):
-  """Rows of 16k to 64k on one chip, and eight times as long on eight."""
-  shape = TINY | {'rows': 1, 'dim': 512, 'heads': 4, 'kv_heads': 2,
-                  'hidden': 1536, 'chunk': 1024}  # fmt: skip
-  needed = {}
-  for topology, length, *given in (
-    ('v5e:1x1', 16_384),
-    ('v5e:1x1', 32_768),
-    ('v5e:1x1', 65_536),
-    ('v5e:2x4', 8 * 65_536, '--config.mesh.fsdp=1', '--config.mesh.sequence=8'),
-  ):
-    folder = tmp_path / str(length)
-    folder.mkdir()
-    shape['length'] = length
-    done = planned(folder, topology, 900, *given, **shape)
-    assert done.returncode == 0, done.stderr
-    name = topology.replace(':', '_')
-    record = json.loads((folder / f'mine.plan/{name}.json').read_text())
-    needed[length] = record['memory']['compiled']
-  first, second = (needed[32_768 * n] - needed[16_384 * n] for n in (1, 2))
-  assert second == pytest.approx(2 * first, rel=0.1)
-  assert needed[8 * 65_536] < 1.25 * needed[65_536]
