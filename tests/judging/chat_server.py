@@ -55,12 +55,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       server.headers.append(dict(self.headers))
       server.at_once += 1
       server.most_at_once = max(server.most_at_once, server.at_once)
-    try:
-      time.sleep(server.pause)
-      self._reply(json.loads(body), fault)
-    finally:
-      with server.lock:
-        server.at_once -= 1
+    time.sleep(server.pause)
+    # Before the reply: once that is out, the client may call again.
+    with server.lock:
+      server.at_once -= 1
+    self._reply(json.loads(body), fault)
 
   def _reply(self, asked, fault):
     if self.path != '/v1/chat/completions':
