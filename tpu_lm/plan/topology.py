@@ -15,9 +15,11 @@ from tpu_lm.plan.chips import Topology
 
 # Before JAX is imported: no TPU is looked for, and the compiler may be loaded
 # by several processes at once. A program that was kept cannot be read back
-# without its devices.
+# without its devices. Kernels tell the lines of source that they come from:
+# without, a program is the same from any directory.
 _ENVIRONMENT = {
   'JAX_ENABLE_COMPILATION_CACHE': '0',
+  'JAX_TRACEBACK_IN_LOCATIONS_LIMIT': '0',
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_STDERR_LOG_LEVEL': '3',
