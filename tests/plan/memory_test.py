@@ -44,6 +44,13 @@ def test_shared_out_over_fsdp_and_tensor_each_holds_its_part():
   assert found.activations == 2 * 2 * 16 * 32 * 2
 
 
+def test_gradients_that_are_summed_are_there_twice():
+  numbers = 4 * (MATRICES + NORMS + TABLES)
+  assert bars(data=2).gradients == numbers  # over slices
+  assert bars(microbatches=2).gradients == numbers
+  assert bars(fsdp=2).gradients == 0
+
+
 def test_a_layer_at_work_has_its_weights_whole():
   found = bars(fsdp=8)
   tokens = 16

@@ -244,3 +244,30 @@ def test_gradients_are_scattered_along_both_rings_of_a_pod(tmp_path):
     if one.in_loop and one.kind == 'reduce-scatter'
   }
   assert groups == {('reduce-scatter', 16)}
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_length_and_sequence_divides_it(tmp_path):
+  """Rows of 16k and 64k on one chip, and eight times as long on eight."""
+  shape = TINY | {'rows': 1, 'heads': 8, 'chunk': 1024}
+  needed, fixed = {}, {}
+  for topology, length, *given in (
+    ('v5e:1x1', 16_384),
+    ('v5e:1x1', 65_536),
+    ('v5e:2x4', 8 * 65_536, '--config.mesh.fsdp=1', '--config.mesh.sequence=8'),
+  ):
+    folder = tmp_path / str(length)
+    folder.mkdir()
+    shape['length'] = length
+    given = ('--config.model.head_dim=128', *given)
+    done = planned(folder, topology, 900, *given, **shape)
+    assert done.returncode == 0, done.stderr
+    name = topology.replace(':', '_')
+    record = json.loads((folder / f'mine.plan/{name}.json').read_text())
+    needed[length] = record['memory']['compiled']
+    fixed[length] = sum(
+      record['memory'][name] for name in ('parameters', 'optimizer')
+    )
+  short, long, shared = (needed[n] - fixed[n] for n in needed)
+  assert 3 < long / short < 4.4  # four times as long
+  assert shared < 1.25 * long

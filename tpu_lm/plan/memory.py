@@ -26,7 +26,7 @@ class Bars(NamedTuple):
   optimizer: float
   batch: float
   copies: float  # of the layers' weights, in the dtype of the products
-  gradients: float  # sums over microbatches
+  gradients: float  # sums over microbatches or slices
   activations: float  # kept for the backward pass, of all layers
   layer: float  # one at work, gathered weights and all gradients included
   loss: float  # head, its gradient, logits
@@ -64,13 +64,15 @@ def bars(parts: Parts, microbatches: int) -> Bars:
   tokens *= mesh.shape['tensor']
   size = np.dtype(config.dtype).itemsize
   gradients = num_bytes(parts.state.params)
+  # Else the layers' own become the new parameters, with no other copy.
+  is_summed = microbatches > 1 or mesh.shape['data'] > 1
   layers = parts.state.params.get('layers', ())
   return Bars(
     parameters=num_bytes(parts.state.params) + num_bytes(parts.frozen),
     optimizer=num_bytes(parts.state.optimizer),
     batch=num_bytes(parts.batch),
     copies=num_bytes(layers, size) if size < _FULL else 0.0,
-    gradients=gradients if microbatches > 1 else 0.0,
+    gradients=gradients if is_summed else 0.0,
     activations=config.num_layers * tokens * kept(config, mesh) * size,
     layer=gradients + _layer(parts, tokens, size),
     loss=_loss(parts, microbatches, tokens, size),
