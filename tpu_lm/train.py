@@ -41,7 +41,9 @@ def summed_gradients(
   each device may take its own rows (per_device.py).
   """
   own = functools.partial(_gradients, loss, microbatches=microbatches)
-  grads, (mean, metrics) = per_device.summed(own, params, frozen, batch, key)
+  grads, (mean, metrics) = per_device.summed(
+    own, params, frozen, batch, key, once=microbatches == 1
+  )
   return grads, mean, metrics
 
 

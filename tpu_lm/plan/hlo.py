@@ -102,6 +102,18 @@ class Op(NamedTuple):
     return ids.reshape(int(groups), int(size))[0].tolist()
 
   @property
+  def rendezvous(self) -> str:
+    """Of a send or recv between slices: which pair it is of."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', self.text)
+    return found[1] if found else ''
+
+  @property
+  def exchange(self) -> str:
+    """Of a send between slices: the kind of the collective."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', self.text)
+    return found[1].lower().replace('_', '-') if found else ''
+
+  @property
   def hands_on(self) -> bool:
     """Whether it is a product that an asynchronous collective goes through."""
     is_fusion = self.kind == 'fusion' and self.called

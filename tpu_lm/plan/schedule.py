@@ -26,7 +26,8 @@ KINDS = (
 _WIRE = {'all-reduce': 2.0, 'collective-permute': 1.0}
 _FREE = (
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast',
-  'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier',
+  'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier', 'send',
+  'recv',
 )  # fmt: skip
 _AWAY = ('copy-start', 'slice-start')  # to or from the device's memory
 # Run beside the core: by the links alone, or by a SparseCore.
@@ -116,12 +117,12 @@ class Reader:
         took = begun.seconds
         spans.append(Span(op, wire, begun.kind, free - took, took))
         if begun.is_async:
-          pending[op.name] = free
+          pending[op.rendezvous or op.name] = free
         else:
           total.exposed += free - total.seconds
           total.seconds = free
       for name in ends:
-        free = pending.pop(name, 0.0)
+        free = pending.pop(index[name].rendezvous or name, 0.0)
         total.exposed += max(free - total.seconds, 0.0)
         total.seconds = max(free, total.seconds)
       if op.kind in _AWAY:
@@ -189,8 +190,12 @@ class Reader:
   def _collective(self, op, index):
     """(the collective that begins here or None, names of those that end)."""
     kind = op.kind.removesuffix('-start')
+    if op.kind == 'send-done':  # what is waited for is what comes back
+      return None, ()
     if op.kind.endswith('-done'):
       return None, op.operands
+    if op.kind == 'send' and op.rendezvous:
+      return self._exchanged(op, index), ()
     if kind in KINDS:
       is_async = op.kind.endswith('-start')
       return self._made(kind, op, op, is_async), ()
@@ -252,6 +257,21 @@ class Reader:
       kind, num_bytes, group, seconds, is_async, crosses, False, 1,
       op.path or outer.path,
     )  # fmt: skip
+
+  def _exchanged(self, op, index) -> Collective:
+    """What hosts carry between slices: a pair of send and recv."""
+    other = next(
+      one
+      for one in index.values()
+      if one.kind == 'recv' and one.rendezvous == op.rendezvous
+    )
+    group = self.topology.num_slices
+    whole = max(one.results[0].num_bytes for one in (op, other))
+    num_bytes = whole * (group - 1) / group * _WIRE.get(op.exchange, 1.0)
+    seconds = num_bytes / self.chip.slices
+    return Collective(
+      op.exchange, num_bytes, group, seconds, True, True, False, 1, op.path
+    )
 
   def _speed(self, ids: list[int]) -> float:
     """Bytes/s that a device receives in a collective of these devices."""
