@@ -5,8 +5,7 @@ gradients of shared-out weights into all-reduces of whole weights, and gathers
 the head for every chunk of the loss. So the axes that share out rows are
 worked on by hand (`jax.shard_map`), as in ZeRO-3 (arXiv 1910.02054, section
 5.3): a weight is gathered, in the dtype of the matmuls, where a layer needs
-it, and what flows back is summed and scattered, ring by ring of the torus, and
-summed over slices while the layers before it are still at work.
+it, and what flows back is summed and scattered, ring by ring of the torus.
 `tensor` and `sequence` stay the partitioner's.
 
 Model code asks for its weights by `whole` and `looked_up`; outside of `summed`
@@ -17,7 +16,7 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,11 +30,9 @@ from tpu_lm import sharding, target
 # {path: per dimension the axes of the region that share it out}, while traced.
 _SHARED_OUT: contextvars.ContextVar[dict[str, tuple] | None]
 _SHARED_OUT = contextvars.ContextVar('shared_out', default=None)
-_EARLY: contextvars.ContextVar[set[str]]  # of what is summed over slices early
-_EARLY = contextvars.ContextVar('early', default=frozenset())
-_SLICES = 'data'  # the axis that spans slices
-_KEPT = ('expert',)  # axes over which a layer's weights may stay shared out
-_LAYERS = 'layers/'
+# {path: the dtype that it was gathered in}, written while traced.
+_DTYPES: contextvars.ContextVar[dict[str, Any]]
+_DTYPES = contextvars.ContextVar('dtypes')
 
 
 def summed(
@@ -55,8 +52,9 @@ def summed(
     frozen: other parameters; paths of both are those of the whole network.
     batch: columns whose first dimension is rows.
     key: the same on all devices.
-    once: whether each layer has one gradient, which may be summed over slices
-      as soon as it is there; of several only the sum is.
+    once: whether each gradient is one, and no sum of several: it then has no
+      more bits than the dtype in which its weight was gathered, and that is how
+      it goes to other slices.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = sharding.row_axes(mesh)
@@ -69,21 +67,17 @@ def summed(
     for tree in (specs, frozen_specs)
     for path, spec in jax.tree_util.tree_leaves_with_path(tree)
   }
-  early = {
-    path
-    for path, dims in by_path.items()
-    if once and _SLICES in axes and path.startswith(_LAYERS) and _gathers(dims)
-  }
-
-  def rest(path, spec, grad):
-    # What is not shared out over an axis has its part of the sum on each.
-    done = _names(spec)
-    done |= {_SLICES} if sharding.path_name(path) in early else set()
-    return _psum(grad, [axis for axis in axes if axis not in done])
 
   def own(params, frozen, batch, key):
-    with _region(by_path, early):
+    with _region(by_path) as dtypes:
       grads, sums = function(params, frozen, batch, key)
+
+    def rest(path, spec, grad):
+      # What is not shared out over an axis has its part of the sum on each.
+      over = [axis for axis in axes if axis not in _names(spec)]
+      dtype = dtypes.get(sharding.path_name(path)) if once else None
+      return _psum(grad.astype(dtype or grad.dtype), over).astype(grad.dtype)
+
     grads = jax.tree_util.tree_map_with_path(rest, specs, grads)
     return grads, jax.tree.map(lambda x: _psum(x, axes), sums)
 
@@ -97,18 +91,13 @@ def summed(
 
 
 @contextlib.contextmanager
-def _region(by_path: dict[str, tuple], early: set[str]) -> Iterator[None]:
-  token, other = _SHARED_OUT.set(by_path), _EARLY.set(early)
+def _region(by_path: dict[str, tuple]) -> Iterator[dict[str, Any]]:
+  token, other = _SHARED_OUT.set(by_path), _DTYPES.set({})
   try:
-    yield
+    yield _DTYPES.get()
   finally:
     _SHARED_OUT.reset(token)
-    _EARLY.reset(other)
-
-
-def _gathers(dims: tuple, keep: tuple[str, ...] = _KEPT) -> list[int]:
-  """The dimensions along which `whole` gathers."""
-  return [n for n, axes in enumerate(dims) if not set(axes) <= set(keep)]
+    _DTYPES.reset(other)
 
 
 def _dims(spec: P) -> tuple[tuple[str, ...], ...]:
@@ -123,7 +112,7 @@ def _names(spec: P) -> set[str]:
   return {axis for dim in _dims(spec) for axis in dim}
 
 
-def _psum(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+def _psum(x: jax.Array, axes: list[str]) -> jax.Array:
   return jax.lax.psum(x, tuple(axes)) if axes else x
 
 
@@ -164,10 +153,10 @@ def whole(
     if dtype is not None and is_plain:
       x = x.astype(dtype)
     many = bool(sharding.EXPERTS.search(name)) and x.ndim == 3
-    shared_out, summed = _shared_out(part, x.ndim), _summed_over(part)
-    for dim in _gathers(shared_out, keep):
-      x = _gathered(x, shared_out[dim], dim, many, summed)
-      summed = ()
+    for dim, axes in enumerate(_shared_out(part, x.ndim)):
+      if axes and not set(axes) <= set(keep):
+        _note(part, x.dtype)
+        x = _gathered(x, axes, dim, many)
     return x
 
   return jax.tree_util.tree_map_with_path(gathered, leaf)
@@ -179,9 +168,13 @@ def _shared_out(name: str, ndim: int) -> tuple[tuple[str, ...], ...]:
   return ((),) * (ndim - len(dims)) + dims[-ndim:] if ndim else ()
 
 
-def _summed_over(name: str) -> tuple[str, ...]:
-  """Axes over which a gradient is summed where it is scattered."""
-  return (_SLICES,) if name in _EARLY.get() else ()
+def _note(name: str, dtype: Any) -> None:
+  """Keeps in which dtype a layer's weight is gathered, and its gradient made.
+
+  (The gradient of a tied table is a sum. XLA:CPU sums 16 bits in 32.)
+  """
+  if name.startswith('layers/') and target.platform() != 'cpu':
+    _DTYPES.get()[name] = dtype
 
 
 def in_turn(leaf: Any, x: jax.Array) -> tuple[Any, jax.Array]:
@@ -237,25 +230,20 @@ def all_whole(names: list[str], leaves: list[Any], dtype: Any) -> list[Any]:
   plain = all(isinstance(leaf, jax.Array) for leaf in leaves)
   pairs = list(zip(names, leaves, strict=True))
   if is_inside() and plain and free.get('tensor', 1) == 1:
-    ways = {
-      (_shared_out(name, leaf.ndim)[0], _summed_over(name))
-      for name, leaf in pairs
-    }
-    axes, summed = ways.pop()
-    if axes and not ways:
-      return _all_gathered(leaves, axes, summed, dtype)
+    dims = {_shared_out(name, leaf.ndim)[0] for name, leaf in pairs}
+    if len(dims) == 1 and (axes := dims.pop()):
+      for name in names:
+        _note(name, dtype)
+      return _all_gathered(leaves, axes, dtype)
   return [whole(name, leaf, dtype) for name, leaf in pairs]
 
 
 def _all_gathered(
-  leaves: list[jax.Array],
-  axes: tuple[str, ...],
-  summed: tuple[str, ...],
-  dtype: Any,
+  leaves: list[jax.Array], axes: tuple[str, ...], dtype: Any
 ) -> list[jax.Array]:
   """[D, …] of each, from [D / devices, …]."""
   parts = [leaf.astype(dtype).reshape(len(leaf), -1) for leaf in leaves]
-  found = _gathered(jnp.concatenate(parts, axis=1), axes, 0, False, summed)
+  found = _gathered(jnp.concatenate(parts, axis=1), axes, 0, False)
   ends = np.cumsum([part.shape[1] for part in parts])[:-1]
   # Apart here: a TPU would have to copy what heads made of a joint matrix.
   return [
@@ -264,13 +252,9 @@ def _all_gathered(
   ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(
-  x: jax.Array,
-  axes: tuple[str, ...],
-  dim: int,
-  many: bool,
-  summed: tuple[str, ...],
+  x: jax.Array, axes: tuple[str, ...], dim: int, many: bool
 ) -> jax.Array:
   """The shards of `x` along `dim` put together.
 
@@ -280,9 +264,7 @@ def _gathered(
     dim: of `x`.
     many: [E, …], matrices of experts: gathered as they lie, then put together.
       Else the shards would be turned to have `dim` first, and the whole back.
-    summed: other axes over which the gradient is summed, once it is scattered.
   """
-  del summed
   rows, turn_back = _rows(x, dim, many)
   # Two rings of a torus go together; over three it would be an all-reduce.
   for some in (axes[2:], axes[:2]):
@@ -291,11 +273,11 @@ def _gathered(
   return turn_back(rows)
 
 
-def _gathered_forward(x, axes, dim, many, summed):
-  return _gathered(x, axes, dim, many, summed), None
+def _gathered_forward(x, axes, dim, many):
+  return _gathered(x, axes, dim, many), None
 
 
-def _gathered_backward(axes, dim, many, summed, kept, grad):
+def _gathered_backward(axes, dim, many, kept, grad):
   del kept
   parts = math.prod(jax.lax.axis_size(axis) for axis in axes)
   rows, turn_back = _rows(grad, dim, many, parts)
@@ -305,7 +287,7 @@ def _gathered_backward(axes, dim, many, summed, kept, grad):
   for axis in axes:
     rows = _rows_apart(rows)
     rows = jax.lax.psum_scatter(rows, axis, tiled=True)
-  return (turn_back(_psum(rows, summed).astype(grad.dtype)),)
+  return (turn_back(rows.astype(grad.dtype)),)
 
 
 def _rows(

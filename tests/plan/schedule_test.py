@@ -288,6 +288,35 @@ def test_slices_are_joined_by_other_links():
   assert [one.crosses_slices for one in found.collectives] == [True, False]
 
 
+def exchanged(between: str) -> str:
+  """What hosts carry between slices, as XLA's TPU compiler spells it."""
+  about = (
+    'channel_id=2, is_host_transfer=true, frontend_attributes={'
+    '_xla_host_transfer_rendezvous="psum.1_0",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  kind = f'({OWN}, u32[], token[])'
+  return f"""  %after-all.1 = token[] after-all()
+  %send.1 = {kind} send(%own.1, %after-all.1), {about}
+  %recv.1 = {kind} recv(%after-all.1), {about}
+{between}  %send-done.1 = token[] send-done(%send.1), channel_id=2
+  %recv-done.1 = ({OWN}, token[]) recv-done(%recv.1), channel_id=2
+"""
+
+
+def test_what_hosts_carry_between_slices_is_waited_for():
+  (alone,) = cost(exchanged(''), topology=TWO).collectives
+  assert (alone.kind, alone.group) == ('all-reduce', 2)
+  assert alone.crosses_slices and alone.is_async
+  assert alone.num_bytes == WHOLE_BYTES / 16  # a shard of 16, once there, back
+  slow = alone.num_bytes / V5E.slices
+  beside = cost(exchanged(product('a.1')), topology=TWO)
+  assert beside.seconds == pytest.approx(max(slow, PRODUCT))
+  assert beside.exposed == pytest.approx(max(slow - PRODUCT, 0))
+  after = cost(exchanged('') + product('a.1'), topology=TWO)
+  assert after.seconds == pytest.approx(slow + PRODUCT)
+
+
 def fused(groups: str = f'{{{ROW}}}') -> tuple[str, str]:
   """(computations, entry): a gather that goes on within a product's fusion."""
   state = f'({OWN}, {WHOLE}, s32[2]{{0:S(4)}}, u32[]{{:S(2)}})'
