@@ -1,10 +1,18 @@
 """The TPU kernel, interpreted on the CPU, beside the portable one."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask as masks,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_mask_info as mask_info,
+)
 
 from tpu_lm.models import attention, splash
 
@@ -93,3 +101,31 @@ def test_blocks_divide_the_length():
   assert splash._divisor(8192, 1024) == 1024
   assert splash._divisor(384, 1024) == 384
   assert splash._divisor(1408, 1024) == 128
+
+
+@pytest.mark.parametrize(
+  ('thin', 'whole', 'more'),
+  [
+    (splash.Causal, masks.CausalMask, ()),
+    (splash.Local, masks.LocalMask, ((0, 0), 0)),
+    (splash.Local, masks.LocalMask, ((99, 0), 0)),
+    (splash.Local, masks.LocalMask, ((300, 0), 0)),
+  ],
+)
+def test_distances_tell_which_blocks_are_seen(thin, whole, more):
+  shape = 1024, 1024
+  given = {'block_shape': (128, 256), 'downcast_smem_data': True}
+  for process in (mask_info.process_mask, mask_info.process_mask_dkv):
+    found, expected = (
+      process(masks.MultiHeadMask([kind(shape, *more)] * 2), **given)[0]
+      for kind in (thin, whole)
+    )
+    for name, array in expected._asdict().items():
+      np.testing.assert_array_equal(getattr(found, name), array, name)
+
+
+def test_a_very_long_row_is_looked_through_in_seconds():
+  begun = time.process_time()
+  mask = masks.MultiHeadMask([splash.Causal((2**17, 2**17))])
+  mask_info.process_mask(mask, (1024, 1024), downcast_smem_data=True)
+  assert time.process_time() - begun < 10  # element by element: 30 s

@@ -307,7 +307,8 @@ def exchanged(between: str) -> str:
 def test_what_hosts_carry_between_slices_is_waited_for():
   (alone,) = cost(exchanged(''), topology=TWO).collectives
   assert (alone.kind, alone.group) == ('all-reduce', 2)
-  assert alone.crosses_slices and alone.is_async
+  assert alone.crosses_slices
+  assert alone.is_async
   assert alone.num_bytes == WHOLE_BYTES / 16  # a shard of 16, once there, back
   slow = alone.num_bytes / V5E.slices
   beside = cost(exchanged(product('a.1')), topology=TWO)
