@@ -7,9 +7,10 @@ from tpu_lm import compiler
 from tpu_lm.errors import UserError
 
 
-def mesh(kind='TPU v5 lite', platform='tpu', count=4):
+def mesh(kind='TPU v5 lite', platform='tpu', count=4, axis='fsdp'):
   device = types.SimpleNamespace(device_kind=kind, platform=platform)
-  return types.SimpleNamespace(devices=np.array([device] * count))
+  shape = {'data': 1, 'fsdp': 1, 'sequence': 1} | {axis: count}
+  return types.SimpleNamespace(devices=np.array([device] * count), shape=shape)
 
 
 def test_options_are_for_tpus_only():
@@ -39,6 +40,13 @@ def test_a_device_alone_is_spared_what_is_for_collectives():
   assert compiler.options('auto', mesh(count=1)) == usual
   asked = compiler.options('async_scatter', mesh(count=1))
   assert asked == compiler.GROUPS['async_scatter']
+
+
+def test_what_is_for_scattered_gradients_needs_some():
+  usual = compiler.GROUPS['whole_einsums'] | compiler.GROUPS['wide_vmem']
+  assert compiler.options('auto', mesh(axis='sequence')) == usual
+  whole = compiler.options('auto', mesh('TPU v5', axis='data'))
+  assert whole.items() >= compiler.GROUPS['sparse_core'].items()
 
 
 def test_none_are_given_where_none_are_named():

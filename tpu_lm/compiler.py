@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from tpu_lm import sharding
 from tpu_lm.errors import UserError, nearest
 
 _YES = 'true'
@@ -54,7 +55,9 @@ def options(groups: str, mesh: Mesh) -> dict[str, Any]:
   """The options of `groups`, names with commas; 'auto': by the devices.
 
   Alone, a device has no collectives: it is spared the options that make them
-  asynchronous, with which a compilation takes up to three times as long.
+  asynchronous, with which a compilation takes up to three times as long. So are
+  meshes without `fsdp` the scatters' (with rows of 512k tokens over `sequence`
+  XLA's TPU compiler aborts in them).
 
   Raises:
     UserError: there is no such group.
@@ -67,6 +70,9 @@ def options(groups: str, mesh: Mesh) -> dict[str, Any]:
     names = _USUAL
     if mesh.devices.size > 1:
       names = _CHOSEN.get(device.device_kind, _USUAL)
+    scatters = any(mesh.shape[axis] > 1 for axis in sharding.rings_of(mesh))
+    if 'async_scatter' in names and not scatters:
+      names = _USUAL
   found = {}
   for name in names:
     if name not in GROUPS:

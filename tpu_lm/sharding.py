@@ -108,7 +108,7 @@ def make_mesh(
 
 def rows_over(mesh: Any) -> tuple[str, ...]:
   """The axes that share out a batch's rows."""
-  return ('data', *_rings(mesh), 'expert')
+  return ('data', *rings_of(mesh), 'expert')
 
 
 def row_axes(mesh: Any) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def free_rows(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in rows_over(mesh) if axis in free)
 
 
-def _rings(mesh: Any) -> tuple[str, ...]:
+def rings_of(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in _RINGS if axis in mesh.shape)
 
 
@@ -224,7 +224,7 @@ def _expanded(
   """`fsdp` as all the axes it stands for; `expert` helps where it can."""
   found = []
   for axis in axes:
-    more = [*_rings(mesh)[1:], *(() if is_expert else ('expert',))]
+    more = [*rings_of(mesh)[1:], *(() if is_expert else ('expert',))]
     more = [other for other in more if mesh.shape[other] > 1]
     found += [axis, *more] if axis == 'fsdp' else [axis]
   return tuple(found)

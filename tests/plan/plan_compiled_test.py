@@ -271,3 +271,18 @@ def test_memory_grows_with_the_length_and_sequence_divides_it(tmp_path):
   short, long, shared = (needed[n] - fixed[n] for n in needed)
   assert 3 < long / short < 4.4  # four times as long
   assert shared < 1.25 * long
+
+
+def test_gradients_are_summed_in_the_dtype_that_they_are_made_in(tmp_path):
+  """Those of layers in bfloat16, of the tables in float32; norms are small."""
+  given = '--config.mesh.data=2', '--config.mesh.fsdp=2'
+  done = planned(tmp_path, 'v5e:2x2', 240, *given, **TINY)
+  assert done.returncode == 0, done.stderr
+  arrives = sum(
+    one.num_bytes * one.times
+    for one in collectives(tmp_path, 'v5e:2x2')
+    if one.kind == 'all-reduce' and one.group == 2
+  )
+  layer = 256 * (2 * 256 + 2 * 128 + 3 * 512)
+  tables = 2 * 1024 * 256
+  assert arrives == pytest.approx((2 * 2 * layer + 4 * tables) / 2, rel=0.02)
