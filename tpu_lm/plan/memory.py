@@ -65,14 +65,16 @@ def bars(parts: Parts, microbatches: int) -> Bars:
   size = np.dtype(config.dtype).itemsize
   gradients = num_bytes(parts.state.params)
   # Else the layers' own become the new parameters, with no other copy.
-  is_summed = microbatches > 1 or mesh.shape['data'] > 1
+  sums = gradients if microbatches > 1 else 0.0
+  if microbatches == 1 and mesh.shape['data'] > 1:  # see per_device.summed
+    sums = num_bytes(parts.state.params, size)
   layers = parts.state.params.get('layers', ())
   return Bars(
     parameters=num_bytes(parts.state.params) + num_bytes(parts.frozen),
     optimizer=num_bytes(parts.state.optimizer),
     batch=num_bytes(parts.batch),
     copies=num_bytes(layers, size) if size < _FULL else 0.0,
-    gradients=gradients if is_summed else 0.0,
+    gradients=sums,
     activations=config.num_layers * tokens * kept(config, mesh) * size,
     layer=gradients + _layer(parts, tokens, size),
     loss=_loss(parts, microbatches, tokens, size),
