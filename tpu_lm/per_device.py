@@ -75,6 +75,8 @@ def summed(
     def rest(path, spec, grad):
       # What is not shared out over an axis has its part of the sum on each.
       over = [axis for axis in axes if axis not in _names(spec)]
+      if not over:
+        return grad
       dtype = dtypes.get(sharding.path_name(path)) if once else None
       return _psum(grad.astype(dtype or grad.dtype), over).astype(grad.dtype)
 
