@@ -197,10 +197,13 @@ def plan(args: argparse.Namespace, overrides: list) -> int:
   from tpu_lm.plan import command
 
   devices.set_up()
+  names = [name for name in args.topology.split(',') if name]
+  if not names:
+    raise UserError('--topology: is empty; name one, such as v5e-256')
   fits = command.plan(
     args.config,
     overrides,
-    [name for name in args.topology.split(',') if name],
+    names,
     to=args.to,
     price=args.price,
     tries=args.search,

@@ -5,6 +5,7 @@ together are a tuple of options.
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ def number(kind: Callable, low: float) -> Callable:
 
   def parse(text: str):
     value = kind(text)
-    if value < low:
+    if not low <= value < math.inf:  # nor is what is no number
       raise argparse.ArgumentTypeError(f'{text}: must be at least {low}')
     return value
 
@@ -37,6 +38,11 @@ def path(text: str) -> pathlib.Path:
   """A type of options; an empty one would be the folder one stands in."""
   if not text:
     raise argparse.ArgumentTypeError('is empty; name a file or folder')
+  if '://' in text:  # pathlib would make a folder `gs:` of it
+    raise argparse.ArgumentTypeError(
+      f'{text}: cannot be on cloud storage; mount a file system that all hosts '
+      'share, and name a folder there'
+    )
   return pathlib.Path(text)
 
 

@@ -59,11 +59,7 @@ def make(workdir: str | os.PathLike) -> pathlib.Path:
     UserError: the path, or one above it, is a file, or it cannot be written.
   """
   path = pathlib.Path(workdir)
-  for part in (path, *path.parents):
-    if part.exists() and not part.is_dir():
-      raise UserError(
-        f'--workdir={path}: {part} is a file; give a folder, or move it away'
-      )
+  check('--workdir', path)
   try:
     path.mkdir(parents=True, exist_ok=True)
     with open(path / 'lock', 'a'):
@@ -74,6 +70,19 @@ def make(workdir: str | os.PathLike) -> pathlib.Path:
       ' --workdir, or mend that'
     ) from e
   return path
+
+
+def check(key: str, path: pathlib.Path) -> None:
+  """Refuses a folder that cannot be one.
+
+  Raises:
+    UserError: the path, or one above it, is a file.
+  """
+  for part in (path, *path.parents):
+    if part.exists() and not part.is_dir():
+      raise UserError(
+        f'{key}={path}: {part} is a file; give a folder, or move it away'
+      )
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

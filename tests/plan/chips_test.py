@@ -32,6 +32,7 @@ def test_names_are_those_of_the_cloud(name, chip, sides, slices, size):
 @pytest.mark.parametrize(
   'name',
   ['v5e-255', 'v5p-4', 'v9-8', '0xv5e-8', 'v5e', 'v5e:0x4', 'v5e-4x4', '',
+   'v5e:2x2x2', 'v5p:4x4',
    'h100', 'v5p-7'],
 )  # fmt: skip
 def test_an_unknown_one_lists_those_that_are_known(name):

@@ -46,7 +46,9 @@ def test_shared_out_over_fsdp_and_tensor_each_holds_its_part():
 
 def test_gradients_that_are_summed_are_there_twice():
   numbers = MATRICES + NORMS + TABLES
-  assert bars(data=2).gradients == 2 * numbers  # over slices, in bfloat16
+  assert bars(data=2).gradients == 4 * numbers
+  shared_out = (MATRICES + TABLES) / 2 + NORMS
+  assert bars(data=2, fsdp=2).gradients == 2 * shared_out  # in bfloat16
   assert bars(microbatches=2).gradients == 4 * numbers
   assert bars(fsdp=2).gradients == 0
 

@@ -74,6 +74,27 @@ def test_whether_all_fit_is_told(estimated, spec, tmp_path, capsys):
   assert files.read(to, 'v5e-8')['price'] == 24_576.0
 
 
+def test_what_cannot_be_is_said_before_anything_is_compiled(
+  estimated, spec, tmp_path, capsys, monkeypatch
+):
+  file = tmp_path / 'file'
+  file.touch()
+  for to in (file, file / 'sub'):
+    with pytest.raises(UserError, match=f'--to={to}: {file} is a file'):
+      command.plan(spec, [], ['v5e-8'], to=to)
+  experts = [('model.num_experts', '6'), ('mesh.expert', '4')]
+  with pytest.raises(UserError, match=r'mesh\.expert=4: does not divide'):
+    command.plan(spec, experts, ['v5e-8'])
+  odd = [('batch_size', '9')]
+  monkeypatch.setattr(
+    topology, 'devices', lambda one: made_plans.devices(one.size)
+  )
+  with pytest.raises(UserError, match='batch_size'):
+    command.plan(spec, odd, ['v5e-1', 'v5e-8'])
+  assert 'compiling' not in capsys.readouterr().out
+  assert not (tmp_path / 'mine.plan').exists()
+
+
 def test_a_search_that_finds_nothing_says_what_to_change(
   estimated, spec, monkeypatch
 ):

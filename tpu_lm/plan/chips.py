@@ -98,7 +98,10 @@ def find(text: str) -> Topology:
   elif chip and not chip.is_gpu:
     cores = 2 if match[1] in _CORES else 1
     sides = _SIDES[match[1]].get(int(match[2]) / cores)
-  if not sides or number < 1 or math.prod(sides) < 1:
+  usual = _SIDES.get(match[1], {}).get(4, sides) if match else None
+  if (
+    not sides or len(sides) != len(usual) or number < 1 or math.prod(sides) < 1
+  ):
     names = known()
     raise UserError(
       f'--topology={text}: unknown{nearest(name, names)}; there are '

@@ -51,9 +51,12 @@ def plan(
   config = configs.load(spec, overrides)
   wanted = [chips.find(name) for name in names]
   folder = to or files.beside(spec)
+  workdirs.check('--to', folder)
+  made = [(one, topology.devices(one)) for one in wanted]
+  for _, devices in made:  # what cannot be is said before minutes are spent
+    _ = tries or programs.assemble(config, devices)
   records = []
-  for one in wanted:
-    devices = topology.devices(one)
+  for one, devices in made:
     print(f'{one.name}: compiling for {one.size} devices …', flush=True)
     if tries:
       found = search.search(config, one, devices, tries, print)

@@ -67,7 +67,8 @@ def bars(parts: Parts, microbatches: int) -> Bars:
   # Else the layers' own become the new parameters, with no other copy.
   sums = gradients if microbatches > 1 else 0.0
   if microbatches == 1 and mesh.shape['data'] > 1:  # see per_device.summed
-    sums = num_bytes(parts.state.params, size)
+    rings = math.prod(mesh.shape[axis] for axis in sharding.rings_of(mesh))
+    sums = num_bytes(parts.state.params, size if rings > 1 else _FULL)
   layers = parts.state.params.get('layers', ())
   return Bars(
     parameters=num_bytes(parts.state.params) + num_bytes(parts.frozen),

@@ -20,7 +20,7 @@ _PARTS = {
   'optimizer': 'its moments of them',
   'batch': 'the rows of a step',
   'copies': 'the weights of the layers, in the dtype of the products',
-  'gradients': 'of its weights, summed over microbatches',
+  'gradients': 'of its weights, summed over microbatches or slices',
   'activations': 'what the backward pass finds kept of all layers',
   'layer': 'one layer at work: its gathered weights, and all gradients',
   'loss': 'the head, its gradient, logits',
@@ -66,10 +66,10 @@ def _tiles(record: dict[str, Any]) -> Markup:
       ('Tokens a second', number(record['tokens_per_second'], 'count')),
       ('A step', gantt.spoken(record['seconds'])),
       ('Days', f'{record["days"]:,.1f}'),
-      ('Chip-hours', number(record['chip_hours'], 'count')),
+      ('Chip-hours', number(record['chip_hours'])),
     ]
   if 'price' in record:
-    tiles.append(('Price', number(record['price'], 'count')))
+    tiles.append(('Price', number(record['price'])))
   return _definitions(tiles, 'tiles')
 
 

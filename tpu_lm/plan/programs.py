@@ -27,6 +27,7 @@ from tpu_lm import (
   weights,
 )
 from tpu_lm.errors import UserError
+from tpu_lm.models import moe
 from tpu_lm.plan import columns, remembered
 
 
@@ -64,6 +65,7 @@ def assemble(config: Any, devices: list[Any]) -> Parts:
   model = models.make(
     config.model_name, config.model, config.data.vocab_size, config.data.length
   )
+  moe.check_mesh(model.config, mesh)
   how = rollouts.sampling_of(config)
   tx, schedule = optim.make(
     config.optimizer, config.steps, how.num_updates if how else 1

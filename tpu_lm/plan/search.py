@@ -131,7 +131,7 @@ def _meshes(config: Any, topology: Topology) -> Iterator[dict[str, int]]:
       continue
     rest, left = divmod(inner, tensor * sequence * expert)
     for fsdp in _divisors(rest) if not left else ():
-      if min(rest, 16) <= fsdp <= 256:
+      if (16 if rest > 16 else 1) <= fsdp <= 256:
         yield {
           'mesh.data': topology.num_slices * rest // fsdp,
           'mesh.fsdp': fsdp,
@@ -159,7 +159,8 @@ def guessed(config: Any, topology: Topology, parts: programs.Parts) -> float:
   tensor = mesh.shape['tensor'] * mesh.shape['sequence']
   rows = tokens * tensor * network.dim * size * network.num_layers
   waited = 8 * rows * (tensor - 1) / tensor / (2 * chip.link)
-  across = 0.0
-  if topology.num_slices > 1:
-    across = 2 * memory.num_bytes(parts.state.params) / chip.slices
+  replicas = mesh.shape['data']
+  sent = own if shared > 1 else memory.num_bytes(parts.state.params)
+  speed = chip.slices if topology.num_slices > 1 else 2 * chip.link
+  across = 2 * sent * (replicas - 1) / replicas / speed
   return max(compute, links) + 0.1 * min(compute, links) + waited + across

@@ -42,9 +42,13 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
     f'{record["mfu"]:.1%}',
     f'{record["overlapped"]:.0%}',
     f'{record["days"]:,.1f}',
-    f'{record["chip_hours"]:,.0f}',
-    f'{record["price"]:,.0f}' if 'price' in record else '-',
+    _amount(record['chip_hours']),
+    _amount(record['price']) if 'price' in record else '-',
   )
+
+
+def _amount(value: float) -> str:
+  return f'{value:,.0f}' if value >= 100 else f'{value:.2f}'
 
 
 def _mesh(mesh: dict[str, int]) -> str:
