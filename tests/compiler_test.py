@@ -3,13 +3,13 @@ import types
 import numpy as np
 import pytest
 
-from tpu_lm import compiler
+from tpu_lm import compiler, sharding
 from tpu_lm.errors import UserError
 
 
 def mesh(kind='TPU v5 lite', platform='tpu', count=4, axis='fsdp'):
   device = types.SimpleNamespace(device_kind=kind, platform=platform)
-  shape = {'data': 1, 'fsdp': 1, 'sequence': 1} | {axis: count}
+  shape = dict.fromkeys(sharding.AXES, 1) | {axis: count}
   return types.SimpleNamespace(devices=np.array([device] * count), shape=shape)
 
 

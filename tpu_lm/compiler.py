@@ -55,9 +55,9 @@ def options(groups: str, mesh: Mesh) -> dict[str, Any]:
   """The options of `groups`, names with commas; 'auto': by the devices.
 
   Alone, a device has no collectives: it is spared the options that make them
-  asynchronous, with which a compilation takes up to three times as long. So are
-  meshes without `fsdp` the scatters' (with rows of 512k tokens over `sequence`
-  XLA's TPU compiler aborts in them).
+  asynchronous, with which a compilation takes up to three times as long. Where
+  no weights are shared out no gradients are scattered: that is left out, too
+  (on rows of 512k tokens over `sequence` XLA's TPU compiler aborts in it).
 
   Raises:
     UserError: there is no such group.
@@ -70,8 +70,7 @@ def options(groups: str, mesh: Mesh) -> dict[str, Any]:
     names = _USUAL
     if mesh.devices.size > 1:
       names = _CHOSEN.get(device.device_kind, _USUAL)
-    scatters = any(mesh.shape[axis] > 1 for axis in sharding.rings_of(mesh))
-    if 'async_scatter' in names and not scatters:
+    if 'async_scatter' in names and sharding.num_weight_shards(mesh) == 1:
       names = _USUAL
   found = {}
   for name in names:

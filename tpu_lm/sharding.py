@@ -108,7 +108,12 @@ def make_mesh(
 
 def rows_over(mesh: Any) -> tuple[str, ...]:
   """The axes that share out a batch's rows."""
-  return ('data', *rings_of(mesh), 'expert')
+  return ('data', *_rings(mesh), 'expert')
+
+
+def num_weight_shards(mesh: Any) -> int:
+  """Among how many devices with rows of their own a weight is shared out."""
+  return math.prod(mesh.shape[axis] for axis in rows_over(mesh)[1:])
 
 
 def row_axes(mesh: Any) -> tuple[str, ...]:
@@ -124,7 +129,7 @@ def free_rows(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in rows_over(mesh) if axis in free)
 
 
-def rings_of(mesh: Any) -> tuple[str, ...]:
+def _rings(mesh: Any) -> tuple[str, ...]:
   return tuple(axis for axis in _RINGS if axis in mesh.shape)
 
 
@@ -224,7 +229,7 @@ def _expanded(
   """`fsdp` as all the axes it stands for; `expert` helps where it can."""
   found = []
   for axis in axes:
-    more = [*rings_of(mesh)[1:], *(() if is_expert else ('expert',))]
+    more = [*_rings(mesh)[1:], *(() if is_expert else ('expert',))]
     more = [other for other in more if mesh.shape[other] > 1]
     found += [axis, *more] if axis == 'fsdp' else [axis]
   return tuple(found)

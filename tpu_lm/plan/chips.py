@@ -95,13 +95,12 @@ def find(text: str) -> Topology:
     sides = (int(match[2]),)
   elif chip and match[3]:
     sides = tuple(int(side) for side in match[3].split('x'))
+    if not chip.is_gpu and len(sides) != len(_SIDES[match[1]][4]):
+      sides = None
   elif chip and not chip.is_gpu:
     cores = 2 if match[1] in _CORES else 1
     sides = _SIDES[match[1]].get(int(match[2]) / cores)
-  usual = _SIDES.get(match[1], {}).get(4, sides) if match else None
-  if (
-    not sides or len(sides) != len(usual) or number < 1 or math.prod(sides) < 1
-  ):
+  if not sides or number < 1 or math.prod(sides) < 1:
     names = known()
     raise UserError(
       f'--topology={text}: unknown{nearest(name, names)}; there are '

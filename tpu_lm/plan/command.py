@@ -53,8 +53,9 @@ def plan(
   folder = to or files.beside(spec)
   workdirs.check('--to', folder)
   made = [(one, topology.devices(one)) for one in wanted]
-  for _, devices in made:  # what cannot be is said before minutes are spent
-    _ = tries or programs.assemble(config, devices)
+  if not tries:  # what cannot be is said before minutes are spent
+    for _, devices in made:
+      programs.assemble(config, devices)
   records = []
   for one, devices in made:
     print(f'{one.name}: compiling for {one.size} devices …', flush=True)

@@ -66,9 +66,8 @@ def bars(parts: Parts, microbatches: int) -> Bars:
   gradients = num_bytes(parts.state.params)
   # Else the layers' own become the new parameters, with no other copy.
   sums = gradients if microbatches > 1 else 0.0
-  if microbatches == 1 and mesh.shape['data'] > 1:  # see per_device.summed
-    rings = math.prod(mesh.shape[axis] for axis in sharding.rings_of(mesh))
-    sums = num_bytes(parts.state.params, size if rings > 1 else _FULL)
+  if microbatches == 1 and mesh.shape['data'] > 1:
+    sums = exchanged(parts)
   layers = parts.state.params.get('layers', ())
   return Bars(
     parameters=num_bytes(parts.state.params) + num_bytes(parts.frozen),
@@ -80,6 +79,13 @@ def bars(parts: Parts, microbatches: int) -> Bars:
     layer=gradients + _layer(parts, tokens, size),
     loss=_loss(parts, microbatches, tokens, size),
   )
+
+
+def exchanged(parts: Parts) -> float:
+  """Bytes of the gradients that replicas sum (see per_device.summed)."""
+  is_gathered = sharding.num_weight_shards(parts.mesh) > 1
+  size = np.dtype(parts.model.config.dtype).itemsize if is_gathered else _FULL
+  return num_bytes(parts.state.params, size)
 
 
 def kept(config: Any, mesh: Any) -> float:
@@ -146,7 +152,7 @@ def _loss(parts: Parts, microbatches: int, tokens: float, size: int) -> float:
     )
   chunk *= shape[0] // sharding.num_batch_shards(mesh)
   logits = _FULL * chunk * config.vocab_size / mesh.shape['tensor']
-  shards = math.prod(mesh.shape[a] for a in sharding.rows_over(mesh)[1:])
+  shards = sharding.num_weight_shards(mesh)
   # Shards that are no whole tiles are put together by a copy.
   copies = 2 if config.dim // shards % _TILE else 1
   head = table * (copies * size + _FULL)

@@ -7,7 +7,6 @@ promising ones are compiled, which takes minutes each.
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,14 +152,13 @@ def guessed(config: Any, topology: Topology, parts: programs.Parts) -> float:
   compute = forward * (3 + _AGAIN[network.remat]) / chip.flops
   size = np.dtype(network.dtype).itemsize
   own = memory.num_bytes(parts.state.params, size)
-  shared = math.prod(mesh.shape[a] for a in sharding.rows_over(mesh)[1:])
+  shared = sharding.num_weight_shards(mesh)
   gathered = own * (shared - 1) * 3 * config.microbatches
   links = gathered / (4 * chip.link)
   tensor = mesh.shape['tensor'] * mesh.shape['sequence']
   rows = tokens * tensor * network.dim * size * network.num_layers
   waited = 8 * rows * (tensor - 1) / tensor / (2 * chip.link)
   replicas = mesh.shape['data']
-  sent = own if shared > 1 else memory.num_bytes(parts.state.params)
   speed = chip.slices if topology.num_slices > 1 else 2 * chip.link
-  across = 2 * sent * (replicas - 1) / replicas / speed
+  across = 2 * memory.exchanged(parts) * (replicas - 1) / replicas / speed
   return max(compute, links) + 0.1 * min(compute, links) + waited + across
